@@ -1,0 +1,130 @@
+"""What a policy offers to algorithms, and the parameters it trains."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from mmrl.types import Decisions, Prompt, Rollout, Samples
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A model that can be trained by reinforcement. Algorithms name the verbs they need; see ``verbs``.
+
+    Attributes:
+        verbs: which of the methods below work for this policy: "rollout", "decisions", "fit", "generate".
+        parameters: what trains.
+        counters: work done so far (forwards, prompts encoded...), for tests and reports.
+        batch_size: samples per network call; updates use the same, so that a replay sees the same batch shapes.
+    """
+
+    verbs: frozenset[str]
+    parameters: Parameters
+    counters: Counter
+    batch_size: int
+
+    def rollout(self, prompts: Sequence[Prompt], group_size: int, seed: int, step: int = 0) -> Rollout:
+        """Sample ``group_size`` outputs per prompt, without gradient; group members are adjacent rows.
+
+        ``step`` is the number of the training step, for schedules such as a sliding window; it draws nothing.
+        """
+
+    def decisions(self, rollout: Rollout, steps: Sequence[int] | None = None) -> Decisions:
+        """Score the recorded decisions ``steps`` (columns of ``rollout.logp``; default all), with gradient."""
+
+    def decision_chunks(self, rollout: Rollout) -> list[list[int]]:
+        """The columns of ``rollout.logp`` split into the portions that one backward should hold in memory."""
+
+    def fit(self, samples: Samples, seed: int) -> Tensor:
+        """Loss ``[N]`` of explaining ``samples`` (token NLL or denoising error), with gradient.
+
+        The noise depends on ``seed`` and the row's position only, so that policy and reference, and winner and loser
+        of a pair at the same position, see the same noise and timestep.
+        """
+
+    def generate(self, prompts: Sequence[Prompt], seed: int, grad_steps: int = 0) -> Samples:
+        """One deterministic-sampler output per prompt; row k's noise depends on ``seed`` and k only.
+
+        With ``grad_steps=K`` the last K steps carry gradient.
+        """
+
+    def reference(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the policy is the frozen starting point."""
+
+    def export(self, folder: Path) -> None:
+        """Write what the model's own library loads: a LoRA file or a whole model folder."""
+
+
+class Parameters:
+    """The trainable tensors of a policy, with named copies that can stand in for them.
+
+    Args:
+        named: name to parameter; order fixes the order in the optimiser and in checkpoints.
+    """
+
+    def __init__(self, named: Mapping[str, nn.Parameter]):
+        self.named = dict(named)
+        self.snapshots: dict[str, dict[str, Tensor]] = {}
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self.named.values())
+
+    @property
+    def count(self) -> int:
+        """Number of trainable scalars."""
+        return sum(p.numel() for p in self)
+
+    @torch.no_grad()
+    def take_snapshot(self, name: str) -> None:
+        """Copy the current values under ``name``, replacing an older copy."""
+        self.snapshots[name] = {key: p.detach().clone() for key, p in self.named.items()}
+
+    @torch.no_grad()
+    def update_average(self, name: str, decay: float) -> None:
+        """Move the copy ``name`` towards the current values: ``copy = decay * copy + (1 - decay) * current``."""
+        for key, copy in self.snapshots[name].items():
+            copy.lerp_(self.named[key].detach(), 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped(self, name: str) -> Iterator[None]:
+        """Inside, the parameters hold the copy ``name``; pointers are swapped, nothing is copied."""
+        copies = self.snapshots[name]
+        own = {key: p.data for key, p in self.named.items()}
+        for key, p in self.named.items():
+            p.data = copies[key]
+        try:
+            yield
+        finally:
+            for key, p in self.named.items():
+                p.data = own[key]
+
+    def state(self) -> dict[str, Tensor]:
+        """Name to tensor, for a checkpoint."""
+        return {key: p.detach() for key, p in self.named.items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy values in; raises ``ValueError`` when names or shapes differ."""
+        check_same_shapes(self.state(), state)
+        for key, p in self.named.items():
+            p.copy_(state[key])
+
+
+def check_same_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` naming the first tensor that is missing, extra or of another shape."""
+    for key in expected.keys() | found.keys():
+        if key not in found:
+            raise ValueError(f"tensor '{key}' is missing from the saved state")
+        if key not in expected:
+            raise ValueError(f"the saved state has a tensor '{key}' that this policy does not train")
+        if expected[key].shape != found[key].shape:
+            raise ValueError(
+                f"tensor '{key}' is {tuple(found[key].shape)} in the saved state but {tuple(expected[key].shape)} here"
+            )

@@ -1,0 +1,146 @@
+"""The nouns every modality shares: Prompt, Samples, Rollout, Decisions.
+
+Axes: ``N`` samples, ``T`` decisions of a sample. A *decision* is one token, one denoising step or one action step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What a policy is asked.
+
+    Attributes:
+        text: the instruction or caption.
+        id: stable name of the row, e.g. ``"prompts.jsonl:12"``; seeds and error messages use it.
+        images: condition images (paths, PIL images or tensors), as the pipeline at hand takes them.
+        target: ground truth for rewards and for supervised training (an answer, boxes, a picture...).
+        task: tag by which rewards can be routed.
+        inputs: extra keyword arguments for the generating call of this prompt alone (an image to edit, embeddings).
+        metadata: every other column of the row; plain-function rewards get it as keywords.
+    """
+
+    text: str = ""
+    id: str = ""
+    images: Sequence[Any] = ()
+    target: Any = None
+    task: str = ""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _take(value: Any, index: Tensor) -> Any:
+    """Rows ``index`` (long, on the CPU) of a tensor, sequence or anything that indexes like a tensor."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)]
+    if isinstance(value, (list, tuple)):
+        return [value[i] for i in index.tolist()]
+    return value[index]
+
+
+def _join(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    if isinstance(first, (list, tuple)):
+        return [item for value in values for item in value]
+    return type(first).cat(values)
+
+
+class _Rows:
+    """Row-wise indexing and joining for dataclasses whose every field is aligned on the sample axis."""
+
+    def __getitem__(self, index: slice | Tensor | Sequence[int]):
+        if isinstance(index, slice):
+            index = range(len(self))[index]
+        index = torch.as_tensor(index if isinstance(index, Tensor) else list(index), dtype=None)
+        index = index.nonzero().flatten() if index.dtype == torch.bool else index.long().cpu()
+        return replace(self, **{f.name: _take(getattr(self, f.name), index.cpu()) for f in fields(self)})
+
+    @classmethod
+    def cat(cls, parts: Sequence):
+        """Join row-wise; all parts must have the same fields set."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(**{f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+
+@dataclass(eq=False)
+class Samples(_Rows):
+    """What rewards see: prompts aligned with exactly one kind of output.
+
+    Attributes:
+        prompts: N prompts; the members of a group repeat theirs.
+        texts: N completions.
+        images: ``[N, 3, H, W]`` in [0, 1].
+        videos: ``[N, F, 3, H, W]`` in [0, 1].
+        episodes: N episode records.
+        truncated: bool ``[N]``, set where the output was cut by a length or time limit.
+        group: long ``[N]``, which prompt of the batch each sample answers; group-wise rewards use it.
+    """
+
+    prompts: list[Prompt]
+    texts: list[str] | None = None
+    images: Tensor | None = None
+    videos: Tensor | None = None
+    episodes: list[Any] | None = None
+    truncated: Tensor | None = None
+    group: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(eq=False)
+class Rollout(_Rows):
+    """Samples with what is needed to score them again under a changed policy.
+
+    Attributes:
+        samples: what rewards see.
+        logp: behaviour log-probs ``[N, T]``, float32.
+        mask: bool ``[N, T]``; False where there was no decision.
+        group: long ``[N]``, index of the prompt in the batch.
+        trace: the policy's private record to replay from; indexes and joins like the rollout itself.
+        mean: means ``[N, T, ...]`` of Gaussian decisions under the behaviour policy, kept only when asked for.
+    """
+
+    samples: Samples
+    logp: Tensor
+    mask: Tensor
+    group: Tensor
+    trace: Any = None
+    mean: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+@dataclass(eq=False)
+class Decisions:
+    """Recorded decisions scored under the current policy, with gradient.
+
+    Attributes:
+        logp: ``[N, t]`` float32. For Gaussian decisions the mean over the action's elements, as in Flow-GRPO.
+        action, mean: ``[N, t, ...]`` recorded outcome and current mean, for Gaussian decisions.
+        std: ``[N, t]`` standard deviation of one element, for Gaussian decisions.
+        dt: ``[N, t]`` size of the time step (positive), for denoising steps.
+        entropy: ``[N, t]``, for categorical decisions.
+    """
+
+    logp: Tensor
+    action: Tensor | None = None
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    dt: Tensor | None = None
+    entropy: Tensor | None = None
