@@ -58,7 +58,7 @@ def _join(values: Sequence[Any]) -> Any:
     return type(first).cat(values)
 
 
-class _Rows:
+class Rows:
     """Row-wise indexing and joining for dataclasses whose every field is aligned on the sample axis."""
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]):
@@ -77,7 +77,7 @@ class _Rows:
 
 
 @dataclass(eq=False)
-class Samples(_Rows):
+class Samples(Rows):
     """What rewards see: prompts aligned with exactly one kind of output.
 
     Attributes:
@@ -103,7 +103,7 @@ class Samples(_Rows):
 
 
 @dataclass(eq=False)
-class Rollout(_Rows):
+class Rollout(Rows):
     """Samples with what is needed to score them again under a changed policy.
 
     Attributes:
