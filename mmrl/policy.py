@@ -19,16 +19,21 @@ class Policy(Protocol):
     """A model that can be trained by reinforcement. Algorithms name the verbs they need; see ``verbs``.
 
     Attributes:
-        verbs: which of the methods below work for this policy: "rollout", "decisions", "fit", "generate".
+        verbs: which of the methods below work for this policy: "rollout", "decisions", "fit", "generate"; and
+            "means", when its decisions are Gaussians whose means a rollout keeps once ``keep_mean`` is set.
         parameters: what trains.
         counters: work done so far (forwards, prompts encoded...), for tests and reports.
         batch_size: samples per network call; updates use the same, so that a replay sees the same batch shapes.
+        has_frozen_base: the reference is at hand without a copy, because adapters can be switched off.
+        keep_mean: whether rollouts record the means of Gaussian decisions.
     """
 
     verbs: frozenset[str]
     parameters: Parameters
     counters: Counter
     batch_size: int
+    has_frozen_base: bool
+    keep_mean: bool
 
     def rollout(self, prompts: Sequence[Prompt], group_size: int, seed: int, step: int = 0) -> Rollout:
         """Sample ``group_size`` outputs per prompt, without gradient; group members are adjacent rows.
@@ -42,21 +47,22 @@ class Policy(Protocol):
     def decision_chunks(self, rollout: Rollout) -> list[list[int]]:
         """The columns of ``rollout.logp`` split into the portions that one backward should hold in memory."""
 
-    def fit(self, samples: Samples, seed: int) -> Tensor:
+    def fit(self, samples: Samples | Rollout, seeds: Sequence[int]) -> Tensor:
         """Loss ``[N]`` of explaining ``samples`` (token NLL or denoising error), with gradient.
 
-        The noise depends on ``seed`` and the row's position only, so that policy and reference, and winner and loser
-        of a pair at the same position, see the same noise and timestep.
+        Row k's noise and timestep are a function of ``seeds[k]`` alone, so that policy and reference, and winner and
+        loser of a pair, see the same when given the same seed, however rows are split into micro-batches. A rollout is
+        explained without encoding its samples again.
         """
 
-    def generate(self, prompts: Sequence[Prompt], seed: int, grad_steps: int = 0) -> Samples:
-        """One deterministic-sampler output per prompt; row k's noise depends on ``seed`` and k only.
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], grad_steps: int = 0) -> Samples:
+        """One output of the deterministic sampler per prompt; row k's noise is a function of ``seeds[k]`` alone.
 
         With ``grad_steps=K`` the last K steps carry gradient.
         """
 
     def reference(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the policy is the frozen starting point."""
+        """Inside, the policy is the snapshot "reference" if there is one, else the frozen base it started from."""
 
     def export(self, folder: Path) -> None:
         """Write what the model's own library loads: a LoRA file or a whole model folder."""

@@ -1,0 +1,1 @@
+"""Algorithms: how scores become gradients. One file a family; see ``base`` for what they share."""

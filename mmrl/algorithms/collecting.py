@@ -1,0 +1,47 @@
+"""Rolling out, scoring and splitting, as the online algorithms share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mmrl.algorithms.base import Context
+from mmrl.scoring import Scores
+from mmrl.seeding import derive_seed
+from mmrl.tally import Tally
+from mmrl.types import Prompt, Rollout
+
+
+def roll_out(context: Context, prompts: Sequence[Prompt], group_size: int, step: int) -> Rollout:
+    """``group_size`` samples per prompt; the seed depends on the stage's seed and the step alone."""
+    with context.clock("rollout"):
+        seed = derive_seed(context.seed, "rollout", step)
+        return context.policy.rollout(prompts, group_size, seed, step)
+
+
+def score(context: Context, rollout: Rollout, step: int) -> Scores:
+    """Scores of a rollout; their statistics go to the tally."""
+    with context.clock("reward"):
+        scores = context.scorer(rollout.samples, step=step)
+    tally_scores(context.tally, scores)
+    return scores
+
+
+def tally_scores(tally: Tally, scores: Scores) -> None:
+    """Mean and spread of the total and of each reward, and the seconds each took."""
+    tally.spread("reward", scores.total)
+    for name, values in scores.each.items():
+        tally.spread(f"reward/{name}", values)
+        tally.mean(f"reward/{name}/seconds", torch.tensor(scores.seconds[name]))
+
+
+def row_chunks(rows: int, size: int) -> list[slice]:
+    """``rows`` cut into contiguous slices of ``size``; the last may be shorter."""
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def split_groups(group: torch.Tensor, parts: int) -> list[torch.Tensor]:
+    """Row indices of at most ``parts`` nearly equal sets of whole groups, in order."""
+    names = group.unique_consecutive()
+    return [torch.isin(group, part).nonzero().flatten() for part in names.tensor_split(parts)]

@@ -1,0 +1,61 @@
+"""The few exchanges between processes that training needs; each is the identity in a single process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def total(value: float) -> float:
+    """Sum of one number over processes."""
+    if world_size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.item()
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows of all processes in rank order. Every process must bring the same number."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up gradients over processes, in one exchange per dtype; a missing gradient counts as zero.
+
+    Losses are divided by totals over all processes, so the sum is the gradient of the whole step.
+    """
+    if world_size() == 1:
+        return
+    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter)
+    for group in by_dtype.values():
+        flat = torch.cat([p.grad.flatten() for p in group])
+        dist.all_reduce(flat)
+        for parameter, grad in zip(group, flat.split([p.numel() for p in group]), strict=True):
+            parameter.grad.copy_(grad.view_as(parameter))
