@@ -1,0 +1,132 @@
+"""Names that a config may use for pipelines, algorithms and rewards, and where each lives.
+
+A target is ``"module:attribute"`` and is imported only when it is used: the core names pipelines and rewards here but
+never imports them on its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmrl.errors import UserError, nearest
+
+Kind = Literal["pipeline", "algorithm", "reward"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name a config can use.
+
+    Attributes:
+        target: ``"module:attribute"`` or ``"file.py:attribute"``.
+        description: one line for ``mmrl list``.
+        defaults: options that differ from the target's own defaults; the config still overrides them.
+    """
+
+    target: str
+    description: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+_POLICY_GRADIENT = "mmrl.algorithms.policy_gradient:PolicyGradient"
+
+PIPELINES = {
+    "diffusion": Entry("pipelines.diffusion:DiffusionPolicy", "any diffusers pipeline, through its scheduler"),
+}
+ALGORITHMS = {
+    "grpo": Entry(_POLICY_GRADIENT, "clipped policy gradient with group-normalised advantages (GRPO, Flow-GRPO)"),
+    "dpo": Entry(
+        "mmrl.algorithms.preference:PreferenceOptimisation", "online DPO on best/worst pairs of a group (Diffusion-DPO)"
+    ),
+    "reward_backprop": Entry(
+        "mmrl.algorithms.reward_backprop:RewardBackprop", "gradient of the reward through the last K steps (DRaFT-K)"
+    ),
+    "sft": Entry("mmrl.algorithms.supervised:Supervised", "supervised training on the prompts' targets"),
+}
+
+
+def entries(kind: Kind) -> Mapping[str, Entry]:
+    """The built-in names of a kind."""
+    if kind == "pipeline":
+        return PIPELINES
+    if kind == "algorithm":
+        return ALGORITHMS
+    table = load_object("rewards:REWARDS")
+    return {name: Entry(target, description) for name, (target, description) in table.items()}
+
+
+def find(kind: Kind, name: str) -> Entry:
+    """The entry called ``name``; ``"module:attribute"`` and ``"file.py:attribute"`` name things outside the registry.
+
+    Raises:
+        UserError: there is no such name; the sentence gives the nearest spelling.
+    """
+    if ":" in name:
+        return Entry(name, "")
+    known = entries(kind)
+    if name not in known:
+        raise UserError(f"there is no {kind} '{name}'{nearest(name, known)}")
+    return known[name]
+
+
+def resolve(kind: Kind, name: str) -> Any:
+    """The class or function that ``name`` stands for; see :func:`find`."""
+    return load_object(find(kind, name).target)
+
+
+def is_target(text: str) -> bool:
+    """Whether ``text`` has the form ``module:attribute`` or ``file.py:attribute``."""
+    place, _, attribute = text.rpartition(":")
+    if not attribute.isidentifier() or not place:
+        return False
+    return place.endswith(".py") or all(part.isidentifier() for part in place.split("."))
+
+
+def load_object(target: str) -> Any:
+    """Import ``"module:attribute"`` or ``"file.py:attribute"``.
+
+    Raises:
+        UserError: the file, module or attribute does not exist. An error inside the module itself is not caught.
+    """
+    if not is_target(target):
+        raise UserError(f"'{target}' should have the form 'module:name' or 'file.py:name'")
+    place, _, attribute = target.rpartition(":")
+    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place, target)
+    if not hasattr(module, attribute):
+        public = [name for name in vars(module) if not name.startswith("_")]
+        raise UserError(f"'{target}': '{place}' has nothing called '{attribute}'{nearest(attribute, public)}")
+    return getattr(module, attribute)
+
+
+def _import_module(name: str, target: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # A missing module further down is a broken installation, not a misspelt target.
+        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+            raise
+        raise UserError(f"'{target}': there is no module '{error.name}'") from error
+
+
+def _import_file(path: Path) -> Any:
+    path = path.resolve()
+    if not path.is_file():
+        raise UserError(f"there is no file '{path}'")
+    name = f"mmrl user file {path}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        # Registered first, so that dataclasses and pickling inside the file find their module.
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
