@@ -99,6 +99,9 @@ def load(path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer | 
     """
     from safetensors.torch import load_file
 
+    for name in ("state.json", "policy.safetensors", "optimizer.safetensors"):
+        if not (path / name).is_file():
+            raise UserError(f"checkpoint {path} has no file {name}")
     try:
         meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
@@ -111,8 +114,6 @@ def load(path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer | 
         if optimizer is not None:
             tensors = load_file(path / "optimizer.safetensors")
             optimizer.load_state_dict(_join_optimizer(tensors, meta["optimizer"]))
-    except FileNotFoundError as error:
-        raise UserError(f"checkpoint {path} has no file {Path(error.filename).name}") from error
     except ValueError as error:
         raise UserError(f"checkpoint {path} does not fit this configuration: {error}") from error
     return TrainingState(**meta["training"])
