@@ -1,0 +1,360 @@
+"""Pipelines beyond the promised ones: newer families, image-to-image, two experts, and one that is different."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+
+from zoo import text
+from zoo.images import flux_transformer, image_vae, qwen_transformer, stable_diffusion_3
+from zoo.parts import Entry, finish, flow, picture
+from zoo.text import WIDTH, set_random_weights
+from zoo.videos import wan_parts
+
+
+def flux2_parts() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+        ),
+        "scheduler": flow(shift=3.0, use_dynamic_shifting=True),
+        "vae": diffusers.AutoencoderKLFlux2(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=2,
+        ),
+    }
+
+
+def flux2() -> Entry:
+    tokenizer, encoder = text.mistral_text()
+    pipe = diffusers.Flux2Pipeline(**flux2_parts(), text_encoder=encoder, tokenizer=tokenizer)
+    call = {
+        "height": 16,
+        "width": 16,
+        "guidance_scale": 4.0,
+        "max_sequence_length": 192,
+        "text_encoder_out_layers": (1,),
+    }
+    return finish(pipe, call=call)
+
+
+def flux2_klein() -> Entry:
+    tokenizer, encoder = text.qwen3_text(head=True)
+    pipe = diffusers.Flux2KleinPipeline(**flux2_parts(), text_encoder=encoder, tokenizer=tokenizer)
+    call = {
+        "height": 16,
+        "width": 16,
+        "guidance_scale": 3.0,
+        "max_sequence_length": 64,
+        "text_encoder_out_layers": (1,),
+    }
+    return finish(pipe, call=call)
+
+
+def flux_img2img() -> Entry:
+    tokenizer, encoder = text.clip_text()
+    tokenizer_2, encoder_2 = text.t5_text()
+    pipe = diffusers.FluxImg2ImgPipeline(
+        transformer=flux_transformer(),
+        scheduler=flow(shift=3.0, use_dynamic_shifting=True),
+        vae=image_vae(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer_2,
+    )
+    call = {"height": 16, "width": 16, "strength": 0.8, "guidance_scale": 3.5, "max_sequence_length": 16}
+    return finish(pipe, call=call, inputs={"image": picture()})
+
+
+def stable_diffusion_3_img2img() -> Entry:
+    entry = stable_diffusion_3()
+    pipe = diffusers.StableDiffusion3Img2ImgPipeline(**entry.pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    return Entry(pipe, {**entry.call, "strength": 0.8}, {"image": picture()})
+
+
+def qwen_image_edit_plus() -> Entry:
+    """This pipeline enlarges the picture for the VAE to a megapixel too, hence the deep VAE."""
+    from zoo.images import qwen_vae
+
+    tokenizer, encoder = text.qwen_vl_text()
+    pipe = diffusers.QwenImageEditPlusPipeline(
+        transformer=qwen_transformer(),
+        scheduler=flow(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
+        vae=qwen_vae(6, res_blocks=0),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        processor=text.qwen_vl_processor(tokenizer),
+    )
+    call = {"height": 256, "width": 256, "true_cfg_scale": 3.0, "negative_prompt": "blurry"}
+    return finish(pipe, call=call, inputs={"image": picture()})
+
+
+def hunyuan_image() -> Entry:
+    tokenizer, encoder = text.qwen_vl_text(layers=3)
+    tokenizer_2, encoder_2 = text.byt5_text()
+    pipe = diffusers.HunyuanImagePipeline(
+        transformer=diffusers.HunyuanImageTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=WIDTH,
+            text_embed_2_dim=WIDTH,
+            rope_axes_dim=(4, 4),
+        ),
+        scheduler=flow(shift=5.0),
+        vae=diffusers.AutoencoderKLHunyuanImage(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            block_out_channels=(32, 32, 32),
+            layers_per_block=1,
+            spatial_compression_ratio=4,
+            sample_size=32,
+            scaling_factor=0.48,
+        ),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer_2,
+        guider=diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=2),
+        ocr_guider=diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=3),
+    )
+    return finish(pipe, call={"height": 16, "width": 16})
+
+
+def hunyuan_video_15() -> Entry:
+    tokenizer, encoder = text.qwen_vl_text(layers=3)
+    tokenizer_2, encoder_2 = text.byt5_text()
+    pipe = diffusers.HunyuanVideo15Pipeline(
+        transformer=diffusers.HunyuanVideo15Transformer3DModel(
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=1,
+            num_refiner_layers=1,
+            mlp_ratio=2.0,
+            text_embed_dim=WIDTH,
+            text_embed_2_dim=WIDTH,
+            image_embed_dim=12,
+            rope_axes_dim=(2, 2, 4),
+            target_size=16,
+            task_type="t2v",
+        ),
+        scheduler=flow(shift=7.0),
+        vae=diffusers.AutoencoderKLHunyuanVideo15(
+            latent_channels=4,
+            block_out_channels=(16, 16),
+            layers_per_block=1,
+            spatial_compression_ratio=4,
+            temporal_compression_ratio=2,
+            downsample_match_channel=False,
+            upsample_match_channel=False,
+        ),
+        text_encoder=encoder.model.language_model,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer_2,
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
+    )
+    return finish(pipe, call={"height": 16, "width": 16, "num_frames": 5})
+
+
+def mochi() -> Entry:
+    tokenizer, encoder = text.t5_text()
+    pipe = diffusers.MochiPipeline(
+        transformer=diffusers.MochiTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            pooled_projection_dim=16,
+            in_channels=12,
+            text_embed_dim=WIDTH,
+            time_embed_dim=4,
+            max_sequence_length=16,
+        ),
+        scheduler=flow(invert_sigmas=True, shift=1.0),
+        vae=diffusers.AutoencoderKLMochi(
+            latent_channels=12,
+            encoder_block_out_channels=(32, 32, 32, 32),
+            decoder_block_out_channels=(32, 32, 32, 32),
+            layers_per_block=(1, 1, 1, 1, 1),
+        ),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+    call = {"height": 32, "width": 32, "num_frames": 7, "guidance_scale": 3.0, "max_sequence_length": 16}
+    return finish(pipe, call=call)
+
+
+def cogvideox() -> Entry:
+    tokenizer, encoder = text.t5_text()
+    pipe = diffusers.CogVideoXPipeline(
+        transformer=diffusers.CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=4,
+            text_embed_dim=WIDTH,
+            num_layers=1,
+            sample_width=4,
+            sample_height=4,
+            sample_frames=5,
+            max_text_seq_length=16,
+        ),
+        scheduler=diffusers.CogVideoXDDIMScheduler(
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            snr_shift_scale=1.0,
+        ),
+        vae=diffusers.AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(4, 4, 4, 4),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+        ),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+    call = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 3.0, "max_sequence_length": 16}
+    return finish(pipe, call=call)
+
+
+def wan_two_experts() -> Entry:
+    """Wan 2.2 A14B: one transformer for high noise, another below the boundary."""
+    entry_parts = wan_parts()
+    pipe = diffusers.WanPipeline(
+        **entry_parts, transformer_2=wan_parts()["transformer"], boundary_ratio=0.875, expand_timesteps=False
+    )
+    call = {
+        "height": 32,
+        "width": 32,
+        "num_frames": 5,
+        "guidance_scale": 3.0,
+        "guidance_scale_2": 2.0,
+        "negative_prompt": "blurry",
+        "max_sequence_length": 16,
+    }
+    return finish(pipe, call=call)
+
+
+def wan_image_to_video() -> Entry:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    vision = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=8,
+            projection_dim=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            intermediate_size=16,
+            patch_size=8,
+        )
+    )
+    pipe = diffusers.WanImageToVideoPipeline(
+        **wan_parts(in_channels=12, image_dim=8),
+        image_encoder=set_random_weights(vision, "vision"),
+        image_processor=CLIPImageProcessor(crop_size=16, size=16),
+    )
+    call = {
+        "height": 32,
+        "width": 32,
+        "num_frames": 5,
+        "guidance_scale": 3.0,
+        "negative_prompt": "blurry",
+        "max_sequence_length": 16,
+    }
+    return finish(pipe, call=call, inputs={"image": picture(32)})
+
+
+def ltx_image_to_video() -> Entry:
+    from zoo.videos import ltx
+
+    entry = ltx()
+    pipe = diffusers.LTXImageToVideoPipeline(**entry.pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    return Entry(pipe, entry.call, {"image": picture(32)})
+
+
+def pixart_sigma() -> Entry:
+    """A diffusion transformer that also predicts a variance, half of its channels, which the pipeline drops."""
+    tokenizer, encoder = text.t5_text()
+    pipe = diffusers.PixArtSigmaPipeline(
+        transformer=diffusers.PixArtTransformer2DModel(
+            sample_size=8,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            caption_channels=WIDTH,
+            cross_attention_dim=16,
+            in_channels=4,
+            out_channels=8,
+        ),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+        vae=image_vae(shift_factor=None),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+    call = {"height": 16, "width": 16, "guidance_scale": 3.0, "max_sequence_length": 16}
+    return finish(pipe, call={**call, "use_resolution_binning": False})
+
+
+def stable_audio() -> Entry:
+    """Audio in EDM's parameterisation; its own scheduler is a cosine variant of this one that needs another library."""
+    tokenizer, encoder = text.t5_text()
+    pipe = diffusers.StableAudioPipeline(
+        transformer=diffusers.StableAudioDiTModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            num_key_value_attention_heads=2,
+            cross_attention_dim=WIDTH,
+            cross_attention_input_dim=WIDTH,
+            time_proj_dim=8,
+            global_states_input_dim=2 * WIDTH,
+        ),
+        scheduler=diffusers.EDMDPMSolverMultistepScheduler(
+            solver_order=2, prediction_type="v_prediction", sigma_data=1.0, sigma_schedule="exponential"
+        ),
+        vae=diffusers.AutoencoderOobleck(
+            encoder_hidden_size=6,
+            downsampling_ratios=[1, 2],
+            decoder_channels=4,
+            decoder_input_channels=4,
+            audio_channels=2,
+            channel_multiples=[2, 4],
+            sampling_rate=4,
+        ),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        projection_model=diffusers.StableAudioProjectionModel(
+            text_encoder_dim=WIDTH, conditioning_dim=WIDTH, min_value=0, max_value=32
+        ),
+    )
+    return finish(pipe, call={"guidance_scale": 3.0, "audio_end_in_s": 4.0})
