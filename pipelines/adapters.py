@@ -1,0 +1,143 @@
+"""What of a pipeline trains: LoRA adapters on its denoisers, or all of their weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mmrl.errors import UserError
+from mmrl.policy import Parameters
+from mmrl.seeding import derive_seed
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (arXiv:2106.09685) on the denoiser.
+
+    Attributes:
+        rank: of the update of each matrix.
+        alpha: the update is scaled by ``alpha / rank``; None means ``alpha = rank``.
+        targets: names of the modules that get one (a module matches when its path ends so), or a regular expression
+            for whole paths. The default is every projection of every attention.
+        init: ``gaussian`` draws the down-projection from N(0, 1/rank), ``kaiming`` uniformly; up-projections are zero.
+        seed: of that draw.
+    """
+
+    rank: int = 32
+    alpha: float | None = None
+    targets: list[str] | str = r".*attn.*\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)"
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    seed: int = 0
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline that denoise, by component name."""
+    found = {name: getattr(pipe, name, None) for name in DENOISERS}
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def freeze(pipe: Any) -> None:
+    """No component trains or drops out."""
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            module.requires_grad_(False).eval()
+
+
+def add_lora(pipe: Any, lora: LoRA) -> Parameters:
+    """Put adapters on every denoiser; the base weights stay frozen. Adapters are float32 whatever the base is.
+
+    Raises:
+        UserError: the targets match nothing.
+    """
+    from peft import LoraConfig
+
+    named = {}
+    for component, module in denoisers(pipe).items():
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
+            target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+            init_lora_weights="gaussian" if lora.init == "gaussian" else True,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(lora.seed, "lora", component))
+            try:
+                module.add_adapter(config, adapter_name=ADAPTER)
+            except ValueError as error:
+                linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+                raise UserError(
+                    f"lora.targets {lora.targets!r} cannot be applied to {component} ({error}); "
+                    f"linear layers there are for example {', '.join(linear[:6])}"
+                ) from error
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+                named[f"{component}.{name}"] = parameter
+    return Parameters(named)
+
+
+def train_all(pipe: Any) -> Parameters:
+    """Every weight of every denoiser trains."""
+    named = {}
+    for component, module in denoisers(pipe).items():
+        module.requires_grad_(True)
+        named |= {f"{component}.{name}": parameter for name, parameter in module.named_parameters()}
+    return Parameters(named)
+
+
+def enable_gradient_checkpointing(pipe: Any) -> None:
+    """Recompute activations of the denoisers and the VAE in the backward pass; UserError where the model cannot."""
+    for component, module in {**denoisers(pipe), "vae": getattr(pipe, "vae", None)}.items():
+        if getattr(module, "_supports_gradient_checkpointing", False):
+            module.enable_gradient_checkpointing()
+        elif component != "vae":
+            raise UserError(f"gradient_checkpointing: {type(module).__name__} does not support it; set it to false")
+
+
+@contextlib.contextmanager
+def lora_off(pipe: Any) -> Iterator[None]:
+    """Inside, the denoisers run without their adapters."""
+    modules = denoisers(pipe).values()
+    for module in modules:
+        module.disable_adapters()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.enable_adapters()
+
+
+def export_lora(pipe: Any, folder: Path) -> None:
+    """Write adapters so that ``pipe.load_lora_weights(folder)`` of plain diffusers loads them.
+
+    A second denoiser (Wan 2.2) goes to the subfolder of its name, for
+    ``pipe.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)``. A pipeline class without LoRA
+    loading gets files for ``pipe.transformer.load_lora_adapter(folder, prefix=None)``.
+    """
+    from peft import get_peft_model_state_dict
+
+    for component, module in denoisers(pipe).items():
+        target = folder / component if component == "transformer_2" else folder
+        target.mkdir(parents=True, exist_ok=True)
+        if not hasattr(pipe, "save_lora_weights"):
+            module.save_lora_adapter(target)
+            continue
+        prefix = "unet" if component == "unet" else "transformer"
+        metadata = module.peft_config[ADAPTER].to_dict()
+        pipe.save_lora_weights(
+            target,
+            **{
+                f"{prefix}_lora_layers": get_peft_model_state_dict(module, adapter_name=ADAPTER),
+                f"{prefix}_lora_adapter_metadata": metadata,
+            },
+        )

@@ -1,0 +1,423 @@
+"""RL on image and video diffusion pipelines: any diffusers pipeline with a scheduler seam is a policy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmrl.errors import UserError
+from mmrl.seeding import derive_seed, generator
+from mmrl.types import Decisions, Prompt, Rollout, Rows, Samples
+from pipelines import adapters, latents, loading
+from pipelines.adapters import LoRA
+from pipelines.scheduler_seam import JumpToX0, Kernel, Replay, Sample, Velocity
+from pipelines.seam import Call, Seam
+from pipelines.step_kernel import LogProbKind, StepKind
+from pipelines.windows import window_steps
+
+
+@dataclass(eq=False)
+class Trace(Rows):
+    """What a rollout is replayed from.
+
+    Attributes:
+        states: ``[N, P, ...]`` float32 states at ``positions``; the last is the final latent.
+        positions: long ``[N, P]``; position p is the state before step p.
+        steps: long ``[N, T]``, the step of the sampler that each decision is.
+        seeds: long ``[N]``, of what the pipeline itself draws.
+    """
+
+    states: Tensor
+    positions: Tensor
+    steps: Tensor
+    seeds: Tensor
+
+    def at(self, position: int) -> Tensor:
+        """States ``[N, ...]`` at one position; all rows must have it at the same place."""
+        columns = (self.positions[0] == position).nonzero().flatten()
+        if len(columns) == 0:
+            raise ValueError(f"the rollout kept states at {self.positions[0].tolist()}, not at {position}")
+        return self.states[:, int(columns[0])]
+
+
+class DiffusionPolicy:
+    """A diffusers pipeline as a policy: its denoiser trains, its code runs unmodified.
+
+    Args:
+        pipe: the pipeline (``DiffusionPolicy.load`` makes one from a folder or hub id).
+        num_steps: sampling steps in training.
+        step: kind of the stochastic steps (:mod:`pipelines.step_kernel`); ``ode`` samples without noise and has no
+            decisions. On DDPM-type pipelines (SD 1.x, SDXL) ``flow_sde`` and ``ddim`` are DDIM with eta = noise_level.
+        noise_level: strength of the noise.
+        window: which steps are stochastic (:func:`pipelines.windows.window_steps`); the others follow the ODE.
+        call: extra arguments of the pipeline's call: height, width, guidance_scale...
+        log_prob: convention of log-probs; ``auto`` is the published one for the step.
+        lora: adapters to train; None trains the whole denoiser.
+        dtype: precision to convert the pipeline to; None leaves it.
+        batch_size: rows per pipeline call.
+        same_noise: members of a group start from the same x_T.
+        shared_prefix: run the steps before the window once per prompt; needs ``same_noise``.
+        gradient_checkpointing: recompute activations in the backward pass (denoiser and VAE).
+        keep_mean: keep the behaviour means in ``rollout.mean``.
+        keep_states: ``window`` keeps the states that decisions need, ``all`` keeps every step's.
+        eval_num_steps, eval_call: for ``generate``; the rest of ``call`` still applies.
+        fit_call: call arguments for ``fit``; None switches guidance off.
+        fit_time: distribution of noise levels in ``fit`` before the model's time shift; ``auto`` is ``logit_normal``
+            for flows (arXiv:2403.03206) and ``uniform`` for DDPM-type models.
+
+    Raises:
+        UserError: an option does not fit the pipeline.
+    """
+
+    verbs = frozenset({"rollout", "decisions", "fit", "generate", "means"})
+
+    def __init__(
+        self,
+        pipe: Any,
+        num_steps: Annotated[int, Field(ge=1)] = 10,
+        step: StepKind = "flow_sde",
+        noise_level: Annotated[float, Field(ge=0)] = 0.7,
+        window: str | list[int] | dict[str, Any] = "all",
+        call: dict[str, Any] | None = None,
+        log_prob: LogProbKind = "auto",
+        lora: LoRA | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        batch_size: Annotated[int, Field(ge=1)] = 8,
+        same_noise: bool = False,
+        shared_prefix: bool = False,
+        gradient_checkpointing: bool = False,
+        keep_mean: bool = False,
+        keep_states: Literal["window", "all"] = "window",
+        eval_num_steps: Annotated[int, Field(ge=1)] | None = None,
+        eval_call: dict[str, Any] | None = None,
+        fit_call: dict[str, Any] | None = None,
+        fit_time: Literal["auto", "logit_normal", "uniform"] = "auto",
+    ):
+        self.pipe = pipe
+        self.seam = Seam(pipe)
+        self.kernel = Kernel(check_step(step, noise_level, self.seam), noise_level, log_prob)
+        self.num_steps = num_steps
+        self.window = window
+        if step != "ode":
+            window_steps(window, num_steps)
+        if shared_prefix and not same_noise:
+            raise UserError("shared_prefix needs same_noise: true, since members of a group share their first steps")
+        self.batch_size = batch_size
+        self.same_noise = same_noise
+        self.shared_prefix = shared_prefix
+        self.keep_mean = keep_mean
+        self.keep_states = keep_states
+        self.fit_time = ("logit_normal" if self.seam.is_flow else "uniform") if fit_time == "auto" else fit_time
+        call = dict(call or {})
+        for key, kwargs in (("call", call), ("eval_call", eval_call or {}), ("fit_call", fit_call or {})):
+            self.seam.check_call(kwargs, key)
+        self.train = Call(num_steps, call)
+        self.eval = Call(eval_num_steps or num_steps, {**call, **(eval_call or {})})
+        self.fitting = Call(num_steps, {**call, **(self.seam.guidance_off() if fit_call is None else fit_call)})
+        self._times_per_row: bool | None = None
+        if dtype is not None:
+            pipe.to(dtype=getattr(torch, dtype))
+        adapters.freeze(pipe)
+        self.lora = lora
+        self.parameters = adapters.train_all(pipe) if lora is None else adapters.add_lora(pipe, lora)
+        if gradient_checkpointing:
+            adapters.enable_gradient_checkpointing(pipe)
+
+    @staticmethod
+    def load(model: str, **options: Any) -> Any:
+        """The pipeline in a folder, of a hub id or shipped with this package; see :func:`loading.load_pipeline`."""
+        return loading.load_pipeline(model, **options)
+
+    @property
+    def counters(self):
+        """Work done so far; see :class:`pipelines.seam.Seam`."""
+        return self.seam.counters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser lives."""
+        return self.seam.device
+
+    def to(self, device: torch.device | str) -> DiffusionPolicy:
+        """Move the pipeline."""
+        self.pipe.to(device)
+        return self
+
+    def rollout(self, prompts: Sequence[Prompt], group_size: int, seed: int, step: int = 0) -> Rollout:
+        """Sample ``group_size`` pictures per prompt with stochastic steps; see :class:`mmrl.policy.Policy`.
+
+        What a sample starts from and the noise of its steps depend on ``seed``, its prompt and its number within the
+        group, not on the batch it is in.
+        """
+        stochastic = () if self.kernel.step == "ode" else window_steps(self.window, self.num_steps, step, seed)
+        keys = list(_occurrences(prompts))
+        rows = [(g, k) for g in range(len(prompts)) for k in range(group_size)]
+        starts = [derive_seed(seed, "start", *keys[g], 0 if self.same_noise else k) for g, k in rows]
+        noises = [derive_seed(seed, "noise", *keys[g], k) for g, k in rows]
+        start, x = 0, None
+        if self.shared_prefix and stochastic and stochastic[0] > 0:
+            start = stochastic[0]
+            x = self._prefix(prompts, starts[::group_size], start).repeat_interleave(group_size, 0)
+        group = torch.tensor([g for g, _ in rows])
+        return self._sample([prompts[g] for g, _ in rows], group, starts, noises, stochastic, start, x)
+
+    def decisions(self, rollout: Rollout, steps: Sequence[int] | None = None) -> Decisions:
+        """Score recorded steps again, with gradient; each starts at its recorded state.
+
+        Args:
+            rollout: N rows.
+            steps: columns of ``rollout.logp``; default all.
+        """
+        trace: Trace = rollout.trace
+        columns = list(range(trace.steps.shape[1]) if steps is None else steps)
+        where = [tuple(row) for row in torch.cat([trace.positions, trace.steps], 1).tolist()]
+
+        def score(rows: list[int]) -> Decisions:
+            part: Rollout = rollout[rows]
+            chosen = [int(part.trace.steps[0, column]) for column in columns]
+            before = [part.trace.at(s).to(self.device) for s in chosen]
+            after = [part.trace.at(s + 1).to(self.device) for s in chosen]
+            plan = Replay(self.kernel, chosen, before, after)
+            seeds = part.trace.seeds.tolist()
+            self.seam.run(part.samples.prompts, self.train, plan, seeds, before[0], torch.is_grad_enabled())
+            per_row = torch.tensor([[c.C for c in plan.coefficients], [c.dt for c in plan.coefficients]])
+            std, dt = per_row.to(self.device)[:, None].expand(2, len(rows), len(chosen))
+            return Decisions(torch.stack(plan.logp, 1), torch.stack(after, 1), torch.stack(plan.mean, 1), std, dt)
+
+        parts, order = [], []
+        for rows in self._batches(rollout.samples.prompts, self.train, where):
+            parts.append(score(rows))
+            order += rows
+        back = torch.tensor(order).argsort().to(self.device)
+        return Decisions(
+            **{
+                name: torch.cat([getattr(part, name) for part in parts])[back]
+                for name in ("logp", "action", "mean", "std", "dt")
+            }
+        )
+
+    def decision_chunks(self, rollout: Rollout) -> list[list[int]]:
+        """One denoising step at a time."""
+        return [[column] for column in range(rollout.logp.shape[1])]
+
+    def velocity(self, prompts: Sequence[Prompt], x: Tensor, time: Tensor, call: Call | None = None) -> Tensor:
+        """The network's float32 prediction ``[N, ...]`` at ``x [N, ...]`` and ``time [N]``, with gradient if enabled.
+
+        For flows ``time`` is sigma in (0, 1] and the prediction the velocity ``e - x0``. For DDPM-type models ``time``
+        in (0, 1] stands for timestep ``round(time * train_steps) - 1`` and the prediction is what the model is trained
+        to predict. Guidance is off unless ``call`` says otherwise.
+        """
+        call = call or self.fitting
+        parts, order = [], []
+        for rows in self._batches(prompts, call):
+            parts.append(self._velocity([prompts[i] for i in rows], x[rows], time[rows].float(), call))
+            order += rows
+        output = torch.cat(parts)
+        return output[torch.tensor(order).argsort().to(output.device)]
+
+    def fit(self, samples: Samples | Rollout, seeds: Sequence[int]) -> Tensor:
+        """Denoising error ``[N]`` on pictures: the mean over elements of ``(prediction - target)^2``, with gradient.
+
+        Pictures are ``samples.images``, or the prompts' ``target`` when there are none; those of a rollout are known as
+        latents already. Row k's noise and noise level depend on ``seeds[k]`` alone.
+        """
+        if isinstance(samples, Rollout):
+            prompts, x0 = samples.samples.prompts, samples.trace.states[:, -1].to(self.device)
+        else:
+            prompts = samples.prompts
+            shapes = [self.seam.inspect(prompt, self.fitting).latent_shape for prompt in prompts]
+            x0 = latents.encode(self.pipe, samples, shapes, self.batch_size)
+        grid = self.seam.inspect(prompts[0], self.fitting).grid
+        draws = [generator(seed, "fit") for seed in seeds]
+        if self.fit_time == "uniform":
+            u = torch.cat([1 - torch.rand(1, generator=g) for g in draws])
+        else:
+            u = torch.cat([torch.randn(1, generator=g) for g in draws]).sigmoid()
+        time = (grid.shift * u / (1 + (grid.shift - 1) * u)).to(x0.device)
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in draws]).to(x0.device)
+        x, target = grid.noised(x0, noise, time)
+        return ((self.velocity(prompts, x, time) - target) ** 2).flatten(1).mean(1)
+
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], grad_steps: int = 0) -> Samples:
+        """One picture per prompt without step noise; row k starts from the noise of ``seeds[k]``.
+
+        With ``grad_steps=K`` the sampler is that of training (``num_steps``, ``call``) and gradient flows through its
+        last K steps and the decoder (DRaFT-K, arXiv:2309.17400); otherwise it is that of evaluation.
+        """
+        call = self.train if grad_steps else self.eval
+        pictures, order = [], []
+        for rows in self._batches(prompts, call):
+            plan = Sample(self.kernel, grad_steps=grad_steps)
+            starts = [derive_seed(seeds[i], "start") for i in rows]
+            from_the_start = grad_steps >= call.num_steps
+            pictures.append(self.seam.run([prompts[i] for i in rows], call, plan, starts, None, from_the_start, True))
+            order += rows
+        back = torch.tensor(order).argsort()
+        return _samples(list(prompts), torch.cat(pictures).float()[back.to(self.device)], torch.arange(len(prompts)))
+
+    def jump_to_x0(self, rollout: Rollout, step: int) -> Samples:
+        """Decoded estimates of the clean pictures at the recorded state before ``step``, with gradient if enabled."""
+        prompts, pictures, order = rollout.samples.prompts, [], []
+        for rows in self._batches(prompts, self.train):
+            trace: Trace = rollout.trace[rows]
+            x, seeds = trace.at(step).to(self.device), trace.seeds.tolist()
+            chosen = [prompts[i] for i in rows]
+            pictures.append(
+                self.seam.run(chosen, self.train, JumpToX0(step), seeds, x, torch.is_grad_enabled(), decode=True)
+            )
+            order += rows
+        back = torch.tensor(order).argsort()
+        return _samples(prompts, torch.cat(pictures).float()[back.to(self.device)], rollout.group)
+
+    def branch(self, rollout: Rollout, step: int, copies: int, seed: int) -> Rollout:
+        """Continue each row ``copies`` times, with fresh noise, from its recorded state before ``step``.
+
+        Rows that continue one row are adjacent and form a group. Decisions are the rollout's own from ``step`` on.
+        """
+        rows = [i for i in range(len(rollout)) for _ in range(copies)]
+        trace: Trace = rollout.trace[rows]
+        stochastic = tuple(s for s in trace.steps[0].tolist() if s >= step)
+        noises = [derive_seed(seed, "branch", i, k) for i in range(len(rollout)) for k in range(copies)]
+        prompts = [rollout.samples.prompts[i] for i in rows]
+        start_seeds = trace.seeds.tolist()
+        return self._sample(prompts, torch.tensor(rows), start_seeds, noises, stochastic, step, trace.at(step))
+
+    def reference(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the policy is the frozen starting point: the snapshot ``reference``, or LoRA off if there is none."""
+        if "reference" in self.parameters.snapshots:
+            return self.parameters.swapped("reference")
+        assert self.lora is not None, "take_snapshot('reference') before training starts"
+        return adapters.lora_off(self.pipe)
+
+    def export(self, folder: Path) -> None:
+        """LoRA: a file for ``pipe.load_lora_weights(folder)``. Full fine-tuning: a plain pipeline folder."""
+        if self.lora is None:
+            self.pipe.save_pretrained(folder)
+        else:
+            adapters.export_lora(self.pipe, Path(folder))
+
+    def _batches(self, prompts: Sequence[Prompt], call: Call, also: Sequence[Any] | None = None) -> Iterator[list[int]]:
+        """Row numbers per pipeline call: at most ``batch_size`` adjacent rows, less where rows cannot be together."""
+        for begin in range(0, len(prompts), self.batch_size):
+            end = min(begin + self.batch_size, len(prompts))
+            for rows in self.seam.batches(prompts[begin:end], call):
+                groups: dict[Any, list[int]] = {}
+                for row in rows:
+                    groups.setdefault(also[begin + row] if also else None, []).append(begin + row)
+                yield from groups.values()
+
+    def _prefix(self, prompts: Sequence[Prompt], starts: Sequence[int], stop: int) -> Tensor:
+        """States ``[P, ...]`` before step ``stop``, one per prompt, by the ODE."""
+        states, order = [], []
+        for rows in self._batches(prompts, self.train):
+            plan = Sample(self.kernel, stop=stop)
+            self.seam.run([prompts[i] for i in rows], self.train, plan, [starts[i] for i in rows])
+            states.append(plan.states[stop])
+            order += rows
+        return torch.cat(states)[torch.tensor(order).argsort().to(self.device)]
+
+    def _sample(
+        self,
+        prompts: Sequence[Prompt],
+        group: Tensor,
+        starts: Sequence[int],
+        noises: Sequence[int],
+        stochastic: Sequence[int],
+        start: int,
+        x: Tensor | None,
+    ) -> Rollout:
+        """Sample rows from step ``start`` (at ``x``, or at x_T) to the picture."""
+        kept = {position for s in stochastic for position in (s, s + 1)}
+        parts, order = [], []
+        for rows in self._batches(prompts, self.train):
+            plan = Sample(
+                self.kernel,
+                stochastic,
+                [torch.Generator("cpu").manual_seed(noises[i]) for i in rows],
+                start,
+                record=None if self.keep_states == "all" else frozenset(kept),
+                keep_mean=self.keep_mean,
+            )
+            chosen, seeds = [prompts[i] for i in rows], [starts[i] for i in rows]
+            pictures = self.seam.run(chosen, self.train, plan, seeds, None if x is None else x[rows], decode=True)
+            count, positions = len(rows), sorted(plan.states)
+            logp = torch.stack(plan.logp, 1) if plan.logp else torch.zeros(count, 0, device=self.device)
+            trace = Trace(
+                torch.stack([plan.states[p] for p in positions], 1),
+                torch.tensor(positions).expand(count, -1),
+                torch.tensor(list(stochastic), dtype=torch.long).expand(count, -1),
+                torch.tensor(seeds),
+            )
+            mean = torch.stack(plan.mean, 1) if plan.mean else None
+            samples = _samples(chosen, pictures.float(), group[rows])
+            parts.append(Rollout(samples, logp, torch.ones_like(logp, dtype=torch.bool), group[rows], trace, mean))
+            order += rows
+        return Rollout.cat(parts)[torch.tensor(order).argsort()]
+
+    def _velocity(self, prompts: Sequence[Prompt], x: Tensor, time: Tensor, call: Call) -> Tensor:
+        """Prediction for rows that share a pipeline call."""
+        distinct = time.unique()
+        if len(distinct) == 1:
+            return self._predict(prompts, x, distinct[0], call)
+        if self._times_per_row is None:
+            self._times_per_row = self._try_times_per_row(prompts, x, time, call)
+        if self._times_per_row:
+            return self._predict(prompts, x, time, call)
+        rows = [(time == t).nonzero().flatten().tolist() for t in distinct]
+        parts = [
+            self._predict([prompts[i] for i in part], x[part], t, call) for part, t in zip(rows, distinct, strict=True)
+        ]
+        order = torch.tensor([i for part in rows for i in part])
+        return torch.cat(parts)[order.argsort().to(x.device)]
+
+    def _predict(self, prompts: Sequence[Prompt], x: Tensor, time: Tensor, call: Call) -> Tensor:
+        plan = Velocity(time)
+        self.seam.run(prompts, call, plan, [0] * len(prompts), x, torch.is_grad_enabled())
+        return plan.output
+
+    @torch.no_grad()
+    def _try_times_per_row(self, prompts: Sequence[Prompt], x: Tensor, time: Tensor, call: Call) -> bool:
+        """Whether this pipeline's code passes a timestep per row through to its network, found out once."""
+        try:
+            together = self._predict(prompts, x, time, call)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        alone = torch.cat([self._predict(prompts[i : i + 1], x[i : i + 1], time[i], call) for i in range(len(x))])
+        return bool((together - alone).abs().max() <= 1e-2 * alone.abs().max())
+
+
+def check_step(step: StepKind, noise_level: float, seam: Seam) -> StepKind:
+    """The step for this kind of pipeline; raises ``UserError`` for one that it cannot take."""
+    if step == "ode":
+        return step
+    if not seam.is_flow and step == "flow_sde":
+        step = "ddim"
+    if seam.is_flow == (step == "ddim"):
+        right = "flow_sde, dance, cps, wan or ode" if seam.is_flow else "ddim or ode"
+        raise UserError(f"step '{step}' does not fit {seam.name}: use {right}")
+    if noise_level <= 0:
+        raise UserError(f"noise_level {noise_level} leaves no noise to explore with: use a positive one, or step: ode")
+    if step in ("cps", "ddim") and noise_level > 1:
+        raise UserError(f"noise_level {noise_level} is too large for step '{step}': use at most 1")
+    return step
+
+
+def _occurrences(prompts: Sequence[Prompt]) -> Iterator[tuple[str, int]]:
+    """Name of each prompt and how often it came before, so that a repeated prompt draws other noise."""
+    seen: dict[str, int] = {}
+    for prompt in prompts:
+        name = prompt.id or prompt.text
+        yield name, seen.setdefault(name, 0)
+        seen[name] += 1
+
+
+def _samples(prompts: list[Prompt], pictures: Tensor, group: Tensor) -> Samples:
+    kind: Mapping[str, Tensor] = {"videos" if pictures.ndim == 5 else "images": pictures}
+    return Samples(prompts, group=group, **kind)
