@@ -32,6 +32,11 @@ def total(value: float) -> float:
     return tensor.item()
 
 
+def any_rank(flag: bool) -> bool:
+    """True everywhere when it is true anywhere."""
+    return total(float(flag)) > 0
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Rows of all processes in rank order. Every process must bring the same number."""
     if world_size() == 1:

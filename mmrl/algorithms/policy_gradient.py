@@ -18,7 +18,7 @@ from mmrl.errors import UserError
 from mmrl.scoring import Scores
 from mmrl.types import Decisions, Prompt, Rollout
 
-GROUP_BASELINES = ("group", "mean", "batch", "rloo", "gdpo")
+GROUP_BASELINES = ("group", "mean", "batch", "rloo", "gdpo", "decoupled")
 
 
 @dataclass
@@ -54,7 +54,8 @@ class PolicyGradient:
         divergence_threshold: of ``dppo``.
         aggregation: ``sequence``, ``token`` or ``constant``.
         max_decisions: divisor of ``constant``; the rollout's T when not given.
-        advantage: see ``mmrl.advantages``; ``gdpo`` normalises each reward by itself.
+        advantage: see ``mmrl.advantages``; ``gdpo`` normalises each reward within its group, then the sum over the
+            batch; ``decoupled`` leaves out the second, as MixGRPO does.
         advantage_clip: bound on the size of an advantage.
         kl_coef: weight of the KL to the reference; 0 runs no reference, and the metric ``kl`` is then the k3 estimate
             of how far the policy has moved from the one that sampled.
@@ -78,7 +79,7 @@ class PolicyGradient:
         divergence_threshold: Annotated[float, Field(gt=0)] = 1e-5,
         aggregation: losses.Aggregation = "sequence",
         max_decisions: Annotated[int, Field(ge=1)] | None = None,
-        advantage: AdvantageMethod | Literal["gdpo"] = "group",
+        advantage: AdvantageMethod | Literal["gdpo", "decoupled"] = "group",
         advantage_clip: Annotated[float, Field(gt=0)] = 5.0,
         kl_coef: Annotated[float, Field(ge=0)] = 0.0,
         kl: Literal["exact", "exact_dt", "k1", "k2", "k3"] = "exact",
@@ -123,9 +124,10 @@ class PolicyGradient:
         """Advantages of this process's samples, from the scores of all processes."""
         rank, groups, rows = distributed.rank(), int(group.max()) + 1, len(group)
         all_groups = distributed.gather_rows(group + rank * groups)
-        if self.advantage == "gdpo":
+        if self.advantage in ("gdpo", "decoupled"):
             table = distributed.gather_rows(scores.values)
-            out = decoupled_advantages(table, scores.weights, all_groups.to(table.device))
+            batch_norm = self.advantage == "gdpo"
+            out = decoupled_advantages(table, scores.weights, all_groups.to(table.device), batch_norm=batch_norm)
         else:
             table = distributed.gather_rows(scores.total)
             out = group_advantages(table, all_groups.to(table.device), self.advantage)
