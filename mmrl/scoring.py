@@ -234,7 +234,8 @@ class Scorer:
         weights = torch.tensor(weights, dtype=torch.float32, device=values.device)
         total = (torch.where(applies, values, 0.0) * weights).sum(1)
         # A reward that only reports (weight 0) does not make a sample count as scored, but a closed gate does.
-        counted = (applies & (weights != 0)).any(1) | ~keep
+        trains = torch.tensor([term.weight != 0 for term in self.terms.values()], device=values.device)
+        counted = (applies & trains).any(1) | ~keep
         total = torch.where(counted, total, torch.nan)
         return Scores(total, values, weights, dict(each), seconds)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -148,7 +147,7 @@ class OpenClipEncoder(Encoder):
         try:
             network = open_clip.create_model(place, checkpoint, precision=precision, require_pretrained=True)
             self.tokenizer = open_clip.get_tokenizer(place)
-        except (RuntimeError, OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
             hint = f" (checkpoints: {', '.join(named)})" if named and checkpoint is None else ""
             raise UserError(
                 f"CLIP model '{model}' with checkpoint {checkpoint!r} could not be loaded by open_clip: "

@@ -8,7 +8,7 @@ Two kinds are told apart by their signature:
   names (or all, with ``**kwargs``) comes along.
 
 Both return N numbers, with None for a sample that the function does not apply to. Further parameters with a default are
-options. A function may carry ``differentiable = True`` or ``name = "..."`` as attributes.
+options, unless the data has a column of that name. A function may carry ``differentiable = True`` or ``name = "..."`` as attributes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class FunctionReward:
 
     def __init__(self, function: Callable, options: Mapping[str, Any] | None = None):
         self.function = function
-        self.options = dict(options or {})
+        defaults = {name: default for name, (_, default) in option_fields(function).items()}
+        # A default must not hide a column of the data: "def f(completions, answer=None)" wants the answer.
+        self.options = {name: value for name, value in (options or {}).items() if value != defaults.get(name)}
         self.name = reward_name(function)
         self.differentiable = is_differentiable(function)
         self.takes_samples = takes_samples(function)
@@ -56,17 +58,16 @@ class FunctionReward:
         return as_scores(self.name, found, samples, getattr(self.function, "partial", False))
 
     def _keywords(self, samples: Samples) -> dict[str, Any]:
-        parameters = inspect.signature(self.function).parameters.values()
         columns = _columns(samples)
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return {name: column for name, column in columns.items() if name not in self.options}
-        wanted = [p for p in parameters if p.name not in self.options]
+        wanted = [p for p in _parameters(self.function) if p.name not in self.options]
         for p in wanted:
             if p.name not in columns and p.default is p.empty:
                 raise UserError(
                     f"reward '{self.name}' wants '{p.name}', which the data does not have "
                     f"(it has {', '.join(sorted(columns))})"
                 )
+        if _takes_any_keyword(self.function):
+            return {name: column for name, column in columns.items() if name not in self.options}
         return {p.name: columns[p.name] for p in wanted if p.name in columns}
 
 
@@ -99,6 +100,10 @@ def option_fields(function: Callable) -> dict[str, tuple[Any, Any]]:
 def _parameters(function: Callable) -> list[inspect.Parameter]:
     every = inspect.signature(function).parameters.values()
     return [p for p in every if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+def _takes_any_keyword(function: Callable) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
 def _columns(samples: Samples) -> dict[str, Any]:

@@ -38,8 +38,8 @@ class Preprocess:
     round_crop: bool = True
 
     def __call__(self, images: Tensor) -> Tensor:
-        """``[N, 3, H, W]`` in [0, 1] to ``[N, 3, *size]`` as the network takes it, float32."""
-        images = self._scale(images.float())
+        """``[N, 3, H, W]`` in [0, 1] to ``[N, 3, *size]`` as the network takes it."""
+        images = self._scale(images)
         images = self._crop_or_pad(images)
         mean, std = images.new_tensor(self.mean)[:, None, None], images.new_tensor(self.std)[:, None, None]
         return (images - mean) / std

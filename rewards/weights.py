@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mmrl.errors import UserError
+
+# What the two readers raise for a file that is not theirs; the weights-only one trips anywhere in the bytes.
+_UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AssertionError)
 
 
 def find_file(place: str, option: str) -> Path:
@@ -40,14 +45,11 @@ def load_tensors(path: Path, option: str) -> dict[str, Tensor]:
     Raises:
         UserError: the file is neither.
     """
-    import pickle
-
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{option}: '{path}' is not a file of weights: {first_line(error)}") from error
     if isinstance(found, dict):
         found = found.get("state_dict", found)
