@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import types
+import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +93,26 @@ def validate(model: type[BaseModel], data: Any, *, where: str, path: str) -> Bas
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: '{path}' should hold 'key: value' pairs, but is {describe(data)}")
     try:
-        return model.model_validate(data)
+        checked = model.model_validate(data)
     except ValidationError as error:
         faults = error.errors(include_url=False)
         unknown = [fault for fault in faults if fault["type"] in _UNKNOWN]
         raise UserError(f"{where}: {_sentence(model, data, path, unknown or faults)}") from error
+    # To Python true is the number 1; to a reader of the config it is a mistake.
+    for keys, value in _booleans(data):
+        found, became = get_path(values(checked), keys)
+        if found and type(became) in (int, float):
+            dotted = ".".join([path, *keys] if path else keys)
+            raise UserError(f"{where}: '{dotted}' is {str(value).lower()}, but should be a number")
+    return checked
+
+
+def _booleans(data: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
+    if isinstance(data, bool):
+        yield keys, data
+    parts = data.items() if isinstance(data, Mapping) else enumerate(data) if isinstance(data, (list, tuple)) else ()
+    for key, value in parts:
+        yield from _booleans(value, (*keys, str(key)))
 
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
@@ -130,9 +145,8 @@ def _real_keys(fault: Mapping, data: Any) -> list[str | int]:
     location = fault["loc"]
     keys: list[str | int] = []
     for position, part in enumerate(location):
-        if get_path(data, [*keys, part])[0]:
-            keys.append(part)
-        elif position == len(location) - 1 and fault["type"].startswith("missing"):
+        absent = position == len(location) - 1 and fault["type"].startswith("missing")
+        if absent or get_path(data, [*keys, part])[0]:
             keys.append(part)
     return keys
 
@@ -195,18 +209,23 @@ def _structures(annotation: Any) -> list[Any]:
     return [found for part in typing.get_args(annotation) for found in _structures(part)]
 
 
-def mentions_path(annotation: Any) -> bool:
-    """Whether an annotation allows a ``pathlib.Path``: such an option names a file or folder."""
-    if annotation is Path:
-        return True
-    return any(mentions_path(part) for part in typing.get_args(annotation) if not isinstance(part, types.GenericAlias))
+def find_paths(options: Mapping[str, Any], folders: Iterable[Path]) -> dict[str, Any]:
+    """Relative paths among the top-level text options made absolute against the first folder that has them.
+
+    Only text with a slash or a leading dot is looked at, so that ``color: red`` is no path. Text that no folder has,
+    such as a hub id, stays as it is.
+    """
+    folders = list(folders)
+    return {
+        key: absolute_if_found(value, folders) if isinstance(value, str) and re.search(r"^\.|/", value) else value
+        for key, value in options.items()
+    }
 
 
-def absolute_if_found(value: Any, folders: Iterable[Path]) -> Any:
-    """A relative path made absolute against the first folder that has it; anything else as it is."""
-    if isinstance(value, (str, Path)) and str(value):
-        for folder in folders:
-            candidate = folder / value
-            if candidate.exists():
-                return str(candidate.resolve())
+def absolute_if_found(value: str, folders: Iterable[Path]) -> str:
+    """A path made absolute against the first folder that has it; else as it is."""
+    for folder in folders:
+        candidate = folder / Path(value).expanduser()
+        if candidate.exists():
+            return str(candidate.resolve())
     return value

@@ -41,6 +41,34 @@ PIPELINES = {
 }
 ALGORITHMS = {
     "grpo": Entry(_POLICY_GRADIENT, "clipped policy gradient with group-normalised advantages (GRPO, Flow-GRPO)"),
+    "dr_grpo": Entry(
+        _POLICY_GRADIENT,
+        "GRPO without the division by the group's spread and by length (Dr.GRPO)",
+        {"advantage": "mean", "aggregation": "constant"},
+    ),
+    "rloo": Entry(
+        _POLICY_GRADIENT,
+        "REINFORCE with the mean of the others in the group as baseline (RLOO)",
+        {"objective": "reinforce", "advantage": "rloo"},
+    ),
+    "reinforce": Entry(
+        _POLICY_GRADIENT,
+        "REINFORCE with the batch's mean and spread; works with group_size 1",
+        {"objective": "reinforce", "advantage": "global", "group_size": 1},
+    ),
+    "gspo": Entry(_POLICY_GRADIENT, "clip on a sample's mean log-ratio (GSPO)", {"objective": "gspo"}),
+    "cispo": Entry(_POLICY_GRADIENT, "policy gradient weighted by the clamped ratio (CISPO)", {"objective": "cispo"}),
+    "grpo_guard": Entry(
+        _POLICY_GRADIENT,
+        "clip on the standardised ratio of Gaussian steps (GRPO-Guard)",
+        {"objective": "guard", "clip_range": 2e-6},
+    ),
+    "flow_dppo": Entry(
+        _POLICY_GRADIENT, "drops steps that moved too far instead of clipping (Flow-DPPO)", {"objective": "dppo"}
+    ),
+    "gdpo": Entry(
+        _POLICY_GRADIENT, "GRPO that normalises each reward by itself before the sum (GDPO)", {"advantage": "gdpo"}
+    ),
     "dpo": Entry(
         "mmrl.algorithms.preference:PreferenceOptimisation", "online DPO on best/worst pairs of a group (Diffusion-DPO)"
     ),
