@@ -88,7 +88,7 @@ class Term:
     offset: float = 0.0
     clip: tuple[float, float] | None = None
     gate: float | None = None
-    timeout: float | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
 
 
 @dataclass(eq=False)

@@ -33,7 +33,8 @@ def load_reward(name: str, **options: Any) -> Callable:
         options: of the reward.
 
     Returns:
-        A callable from :class:`mmrl.types.Samples` to scores ``[N]``, float32.
+        A callable from :class:`mmrl.types.Samples` to scores ``[N]``: a float32 tensor from the named ones and from
+        functions. A class of the user's returns what it returns; :class:`mmrl.scoring.Scorer` takes lists as well.
 
     Raises:
         UserError: unknown name, file, attribute or option; an option of the wrong type; weights that are not found.

@@ -12,7 +12,7 @@ from rewards.encoders import Backend, Dtype, load_encoder
 from rewards.media import images_of
 
 BatchSize = Annotated[int, Field(gt=0)]
-Scale = Literal["cosine", "logit"]
+Output = Literal["cosine", "logit"]
 
 
 class ClipSimilarity:
@@ -24,7 +24,7 @@ class ClipSimilarity:
         backend: the library that loads it.
         checkpoint: open_clip only: weights for an architecture.
         processor: transformers only: where image processor and tokenizer are, if not with the model.
-        scale: ``cosine`` in [-1, 1], or ``logit``, the cosine times the model's own logit scale (about 100 for CLIP).
+        output: ``cosine`` in [-1, 1], or ``logit``, the cosine times the model's own logit scale (about 100 for CLIP).
         resize: open_clip only: ``shortest`` (and crop), ``longest`` (and pad) or ``squash``; default as the model says.
         batch_size: pictures per forward.
         dtype: of the network.
@@ -40,14 +40,14 @@ class ClipSimilarity:
         backend: Backend = "transformers",
         checkpoint: str | None = None,
         processor: str | None = None,
-        scale: Scale = "cosine",
+        output: Output = "cosine",
         resize: Literal["shortest", "longest", "squash"] | None = None,
         batch_size: BatchSize = 32,
         dtype: Dtype = "float32",
         device: str | None = None,
     ):
         self.encoder = load_encoder(model, backend, checkpoint, processor, dtype, device, resize)
-        self.factor = self.encoder.logit_scale if scale == "logit" else 1.0
+        self.factor = self.encoder.logit_scale if output == "logit" else 1.0
         self.batch_size = batch_size
 
     def __call__(self, samples: Samples) -> Tensor:
@@ -73,7 +73,7 @@ class PickScore(ClipSimilarity):
         dtype: Dtype = "float32",
         device: str | None = None,
     ):
-        super().__init__(model, processor=processor, scale="logit", batch_size=batch_size, dtype=dtype, device=device)
+        super().__init__(model, processor=processor, output="logit", batch_size=batch_size, dtype=dtype, device=device)
 
 
 class HPSv2(ClipSimilarity):

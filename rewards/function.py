@@ -8,7 +8,8 @@ Two kinds are told apart by their signature:
   names (or all, with ``**kwargs``) comes along.
 
 Both return N numbers, with None for a sample that the function does not apply to. Further parameters with a default are
-options, unless the data has a column of that name. A function may carry ``differentiable = True`` or ``name = "..."`` as attributes.
+options, unless the data has a column of that name. A function may carry ``differentiable = True`` or ``name = "..."``
+as attributes.
 """
 
 from __future__ import annotations

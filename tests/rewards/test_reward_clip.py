@@ -95,7 +95,7 @@ def test_clip_equals_transformers(clip_folder):
     assert cosine.dtype == torch.float32
     torch.testing.assert_close(cosine * factor, logits, atol=2e-5, rtol=1e-5)
     assert cosine.std() > 1e-3, "a model that sees nothing would prove nothing"
-    scored = load_reward("clip", model=clip_folder, scale="logit")(make_samples(images))
+    scored = load_reward("clip", model=clip_folder, output="logit")(make_samples(images))
     torch.testing.assert_close(scored, logits, atol=2e-5, rtol=1e-5)
     picked = load_reward("pickscore", model=clip_folder, processor=None)(make_samples(images))
     torch.testing.assert_close(picked, logits, atol=2e-5, rtol=1e-5)
@@ -117,7 +117,7 @@ def test_clip_equals_open_clip(open_clip_folder):
     torch.testing.assert_close(by_folder, expected, atol=1e-6, rtol=1e-5)
     # The same network as an architecture known by name and a file of weights.
     weights = str(Path(open_clip_folder) / "open_clip_pytorch_model.bin")
-    by_name = load_reward("clip", model="tiny-open-clip", backend="open_clip", checkpoint=weights, scale="logit")
+    by_name = load_reward("clip", model="tiny-open-clip", backend="open_clip", checkpoint=weights, output="logit")
     torch.testing.assert_close(by_name(samples), expected * factor, atol=2e-5, rtol=1e-5)
     preference = load_reward("hpsv2", model="tiny-open-clip", checkpoint=weights)
     torch.testing.assert_close(preference(samples), expected, atol=1e-6, rtol=1e-5)
@@ -127,7 +127,7 @@ def test_clip_equals_open_clip(open_clip_folder):
 @pytest.mark.parametrize("backend", ["transformers", "open_clip"])
 def test_gradient_of_clip(backend, clip_folder, open_clip_folder):
     folder = clip_folder if backend == "transformers" else open_clip_folder
-    reward = load_reward("clip", model=folder, backend=backend, scale="logit", batch_size=2)
+    reward = load_reward("clip", model=folder, backend=backend, output="logit", batch_size=2)
     assert reward.differentiable
     directional_check(lambda images: reward(make_samples(images)), smooth_images(3, 24, 40))
     assert all(p.grad is None for p in reward.encoder.model.parameters())
