@@ -23,16 +23,16 @@ class Display:
     Args:
         rank: processes other than 0 show nothing.
         console: where to write; the default is standard output.
-        lines_per_stage: about how many step lines a stage prints where there is no terminal.
+        log_every: steps between the lines where there is no terminal; by default about 40 lines a stage.
     """
 
-    def __init__(self, rank: int = 0, console: Console | None = None, lines_per_stage: int = 40):
+    def __init__(self, rank: int = 0, console: Console | None = None, log_every: int | None = None):
         self.silent = rank != 0
         # Without a terminal rich would wrap at 80 columns, which breaks log lines that people grep.
         self.console = console or Console(quiet=self.silent)
         if not self.console.is_terminal and console is None:
             self.console = Console(quiet=self.silent, width=160)
-        self.lines_per_stage = lines_per_stage
+        self.log_every = log_every
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
         self._phase: TaskID | None = None
@@ -110,7 +110,7 @@ class Display:
             self._progress.update(self._bar, completed=step - self._stage[1], note=note)
             return
         name, first, last = self._stage
-        every = max(1, (last - first) // self.lines_per_stage)
+        every = self.log_every or max(1, (last - first) // 40)
         if last > first and step not in (first + 1, last) and (step - first) % every:
             return
         of = f"/{last}" if last > first else ""

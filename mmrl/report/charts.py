@@ -50,15 +50,11 @@ def number(value: float | None) -> str:
 
 
 def smooth(points: Points) -> list[tuple[int, float | None]]:
-    """Centred moving average over about a twentieth of the points; gaps stay gaps; short series stay as they are."""
-    half = len(points) // 40
-    if half == 0:
-        half = 1 if len(points) >= 12 else 0
+    """Centred moving average over about a tenth of the points, fewer near the ends; gaps and short series stay."""
+    half = max(1, len(points) // 20) if len(points) >= 12 else 0
     result = []
     for index, (step, value) in enumerate(points):
-        # The window shrinks on both sides near the ends, or the curve would be pulled inwards there.
-        reach = min(half, index, len(points) - 1 - index)
-        window = [v for _, v in points[index - reach : index + reach + 1] if v is not None]
+        window = [v for _, v in points[max(0, index - half) : index + half + 1] if v is not None]
         result.append((step, None if value is None else sum(window) / len(window)))
     return result
 
@@ -66,6 +62,7 @@ def smooth(points: Points) -> list[tuple[int, float | None]]:
 def line_chart(
     lines: Sequence[Line],
     description: str,
+    steps: tuple[int, int],
     stages: Sequence[tuple[str, int]] = (),
     floor: float | None = None,
     log: bool = False,
@@ -74,6 +71,7 @@ def line_chart(
 
     Args:
         description: what a screen reader says.
+        steps: first and last step of the axis, the same for all charts of a page so that they can be compared.
         stages: ``(name, first step)``, drawn as labelled boundaries.
         floor: smallest value that the axis must include.
         log: logarithmic axis, for positive values over several magnitudes; ignored if any value is not positive.
@@ -92,7 +90,7 @@ def line_chart(
                 high = max(high, v + s if room is None else min(v + s, max(values) + room))
     if floor is not None:
         low = min(low, floor)
-    axes = _Axes(*_step_range(lines), *_value_range(low, high, log), log=log)
+    axes = _Axes(*_step_range(steps), *_value_range(low, high, log), log=log)
     body = [axes.grid(), _stage_marks(axes, stages)]
     for line in lines:
         if line.spread is not None:
@@ -110,22 +108,24 @@ def line_chart(
     return _svg(description, body)
 
 
-def stacked_chart(lines: Sequence[Line], description: str, stages: Sequence[tuple[str, int]] = ()) -> str:
+def stacked_chart(
+    lines: Sequence[Line], description: str, steps: tuple[int, int], stages: Sequence[tuple[str, int]] = ()
+) -> str:
     """Areas on top of each other over the same steps (the curves must be aligned); gaps count as zero."""
     if not lines or not lines[0].points:
         return ""
     columns = _bins([[v or 0.0 for _, v in line.points] for line in lines])
-    steps = [row[0] for row in _bins([[step for step, _ in lines[0].points]])]
-    if len(steps) == 1:
+    places = [row[0] for row in _bins([[step for step, _ in lines[0].points]])]
+    if len(places) == 1:
         # One step has no width: draw it as a flat stretch.
-        steps, columns = [steps[0] - 0.5, steps[0] + 0.5], columns * 2
-    axes = _Axes(steps[0], steps[-1], 0.0, max(sum(row) for row in columns) * 1.05 or 1.0)
+        places, columns = [places[0] - 0.4, places[0] + 0.4], columns * 2
+    axes = _Axes(*_step_range(steps), 0.0, max(sum(row) for row in columns) * 1.05 or 1.0)
     body = [axes.grid()]
-    below = [0.0] * len(steps)
+    below = [0.0] * len(places)
     for index, line in enumerate(lines):
         above = [b + row[index] for b, row in zip(below, columns, strict=True)]
-        edge = [f"{axes.x(s):.1f} {axes.y(v):.1f}" for s, v in zip(steps, above, strict=True)]
-        base = [f"{axes.x(s):.1f} {axes.y(v):.1f}" for s, v in zip(steps, below, strict=True)]
+        edge = [f"{axes.x(s):.1f} {axes.y(v):.1f}" for s, v in zip(places, above, strict=True)]
+        base = [f"{axes.x(s):.1f} {axes.y(v):.1f}" for s, v in zip(places, below, strict=True)]
         body.append(f'<path class="area k{line.colour}" d="M{"L".join(edge + base[::-1])}Z"/>')
         below = above
     body.append(_stage_marks(axes, stages))
@@ -152,7 +152,7 @@ class _Axes:
             exponents = range(math.ceil(math.log10(self.y_low) - 1e-9), math.floor(math.log10(self.y_high) + 1e-9) + 1)
             ticks = [10.0**e for e in exponents]
         else:
-            ticks = _ticks(self.y_low, self.y_high, 4)
+            ticks = _ticks(self.y_low, self.y_high, 5)
         for value in ticks:
             y = self.y(value)
             parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
@@ -180,9 +180,8 @@ def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[flo
     return [round(tick, 12) + 0.0 if abs(tick) > 1e-9 else tick + 0.0 for tick in ticks]
 
 
-def _step_range(lines: Sequence[Line]) -> tuple[float, float]:
-    steps = [step for line in lines for step, _ in line.points]
-    low, high = min(steps), max(steps)
+def _step_range(steps: tuple[int, int]) -> tuple[float, float]:
+    low, high = steps
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
@@ -193,7 +192,9 @@ def _value_range(low: float, high: float, log: bool) -> tuple[float, float]:
         low = 0.0
     if high < 0 and high > 0.4 * low:
         high = 0.0
-    pad = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    if low == high == 0:
+        return 0.0, 1.0
+    pad = (high - low) * 0.06 or abs(high) * 0.1
     # An axis that starts at an exact zero has no padding below it.
     return (low if low == 0 and high > 0 else low - pad), high + pad
 
@@ -257,10 +258,8 @@ def _band(axes: _Axes, line: Line) -> str:
 def _stage_marks(axes: _Axes, stages: Sequence[tuple[str, int]]) -> str:
     parts = []
     for name, step in stages:
-        if not axes.x_low <= step <= axes.x_high and step > axes.x_high:
-            continue
-        x = axes.x(max(step, axes.x_low))
-        if step > axes.x_low:
+        x = axes.x(step)
+        if (name, step) != stages[0]:
             parts.append(f'<path class="stage" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
         anchor = "end" if x > WIDTH - 80 else "start"
         offset = -4 if anchor == "end" else 4

@@ -21,7 +21,7 @@ HEALTH = {
     ),
     "ratio/clip_fraction": (
         "Clip fraction",
-        "Share of decisions outside the clip range. Healthy below about 0.3.",
+        "Share of decisions outside the clip range. Healthy well below 0.5.",
         0.0,
     ),
     "grad_norm": ("Gradient norm", "Before clipping. Look for spikes and for steady growth.", 0.0),
@@ -47,7 +47,8 @@ def curves(run: Run) -> str:
     if not shown and not others:
         return ""
     section = (
-        "<h2>Curves</h2><p>Thin lines are single steps, thick lines a moving average, bands one standard deviation.</p>"
+        "<h2>Curves</h2><p>Over training steps. Thin lines are single steps, thick lines a moving average, bands one "
+        "standard deviation.</p>"
     )
     section += f'<div class="charts">{"".join(shown)}</div>'
     if others:
@@ -87,10 +88,11 @@ def _range(points: Points) -> str:
     return f"{number(values[0][1])} → {number(values[-1][1])}"
 
 
-def _curve(points: Points, label: str, colour: int = 0, spread: Sequence[float | None] | None = None) -> list[Line]:
-    smoothed = smooth(points)
-    if smoothed == list(points):
-        return [Line(points, label, colour, spread)]
+def _curve(
+    points: Points, smoothed: Points, label: str, colour: int = 0, spread: Sequence[float | None] | None = None
+) -> list[Line]:
+    if smoothed == points:
+        return [Line(points, label, colour, spread, dots=len(points) < 4)]
     return [Line(points, label, colour, faint=True), Line(smoothed, label, colour, spread)]
 
 
@@ -99,13 +101,15 @@ def _metric(run: Run, name: str, title: str, note: str, floor: float | None) -> 
     values = [value for _, value in finite(points)]
     if not values:
         return ""
+    # A schedule is not noisy; an average would only blunt its corners.
+    smoothed = points if name == "lr" else smooth(points)
     exact = name == "ratio/max_abs_dev" and max(values) == 0
-    now = "exactly 0 at every step" if exact else _range(smooth(points))
+    now = "exactly 0 at every step" if exact else _range(smoothed)
     spiky = min(values) > 0 and max(values) > 50 * statistics.median(values)
-    lines = _curve(points, title)
+    lines = _curve(points, smoothed, title)
     if spiky:
         note = f"{note} Logarithmic axis.".strip()
-    chart = line_chart(lines, _describe(title, points), run.stages, None if spiky else floor, log=spiky)
+    chart = line_chart(lines, _describe(title, points), run.steps, run.stages, None if spiky else floor, log=spiky)
     return _card(title, note, chart, now)
 
 
@@ -122,13 +126,13 @@ def _scores(run: Run) -> list[str]:
             label = name.removeprefix("eval/").removesuffix("/mean")
             lines.append(Line(run.score_series(name), label, index % PALETTE, dots=True))
         lines = [line for line in lines if finite(line.points)]
-        chart = line_chart(lines, _describe("Held-out score", points), run.stages)
+        chart = line_chart(lines, _describe("Held-out score", points), run.steps, run.stages)
         note = "Prompts that are never trained on, with the same seeds each time. This is the curve that counts."
         cards.append(_card("Held-out score", note, chart, _range(points), lines if len(lines) > 1 else ()))
     diversity = run.diversity
     if diversity:
         chart = line_chart(
-            [Line(diversity, "diversity", 2, dots=True)], _describe("Diversity", diversity), run.stages, 0.0
+            [Line(diversity, "diversity", 2, dots=True)], _describe("Diversity", diversity), run.steps, run.stages, 0.0
         )
         note = "How different the outputs for one prompt are. A fall below 70% of the start is a warning sign."
         cards.append(_card("Diversity", note, chart, _range(diversity)))
@@ -140,7 +144,12 @@ def _rewards(run: Run) -> list[str]:
     cards = []
     if total:
         spread = _aligned(run.series("reward/std"), total)
-        chart = line_chart(_curve(total, "reward", 0, spread), _describe("Training reward", total), run.stages)
+        chart = line_chart(
+            _curve(total, smooth(total), "reward", 0, spread),
+            _describe("Training reward", total),
+            run.steps,
+            run.stages,
+        )
         note = "Mean over each step's samples. Noisy, since every step has other prompts."
         cards.append(_card("Training reward", note, chart, _range(smooth(total))))
     parts = [name for name in run.names if name.startswith("reward/") and name.endswith("/mean")]
@@ -149,8 +158,8 @@ def _rewards(run: Run) -> list[str]:
         label = name.removeprefix("reward/").removesuffix("/mean")
         points = run.series(name)
         spread = _aligned(run.series(f"reward/{label}/std"), points)
-        lines = _curve(points, label, index % PALETTE, spread)
-        chart = line_chart(lines, _describe(f"Reward {label}", points), run.stages)
+        lines = _curve(points, smooth(points), label, index % PALETTE, spread)
+        chart = line_chart(lines, _describe(f"Reward {label}", points), run.steps, run.stages)
         cards.append(_card(f"Reward: {label}", "", chart, _range(smooth(points))))
     return cards
 
@@ -179,5 +188,7 @@ def _time(run: Run) -> str:
     shares = {label: seconds / whole for label, seconds in sums.items()}
     # The legend says what each phase takes, so that nobody has to measure areas by eye.
     lines = [Line(line.points, f"{line.label} {shares[line.label]:.0%}", line.colour) for line in lines]
-    chart = stacked_chart(lines, "Seconds per step by phase: " + ", ".join(line.label for line in lines), run.stages)
+    chart = stacked_chart(
+        lines, "Seconds per step by phase: " + ", ".join(line.label for line in lines), run.steps, run.stages
+    )
     return _card("Time per step", "Seconds in each phase.", chart, f"{number(whole / len(steps))} s on average", lines)

@@ -136,10 +136,12 @@ def _tiles(run: Run) -> str:
         f'<div class="tile"><dt>{title}</dt><dd>{value}{f"<small>{note}</small>" if note else ""}</dd></div>'
         for title, value, note in tiles
     )
-    if run.summary.get("checkpoint"):
-        checkpoint = escape(str(run.summary["checkpoint"]))
-        body += f'<div class="tile wide"><dt>Checkpoint</dt><dd>{checkpoint}</dd></div>'
-    return f'<dl class="tiles">{body}</dl>'
+    html = f'<dl class="tiles">{body}</dl>'
+    for key in ("checkpoint", "model"):
+        if run.summary.get(key):
+            place = escape(str(run.summary[key]))
+            html += f'<dl class="tiles"><div class="tile wide"><dt>{key.capitalize()}</dt><dd>{place}</dd></div></dl>'
+    return html
 
 
 def _config(run: Run) -> str:

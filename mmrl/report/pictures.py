@@ -36,8 +36,8 @@ def before_and_after(run: Run) -> str:
         change = ""
         if before.total is not None and after.total is not None:
             difference = after.total - before.total
-            kind = "up" if difference > 0 else "down" if difference < 0 else ""
-            change = f' <span class="{kind}">{signed(difference)}</span>'
+            kind = "up" if difference > 0 else "down"
+            change = f' <span class="{kind}">{signed(difference)}</span>' if difference else " (same)"
         parts = _parts(before, after)
         foot = f'<p class="foot">{parts}</p>' if parts else ""
         cards.append(
@@ -70,7 +70,8 @@ def through_training(run: Run) -> str:
     heads = "".join(f'<th scope="col">step {evaluation.step}</th>' for evaluation in chosen)
     return (
         "<h2>Through training</h2><p>The same prompt and seed at each evaluation.</p>"
-        f'<div class="film"><table><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<div class="film"><table><thead><tr><td class="names"></td>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 

@@ -89,6 +89,12 @@ class Run:
         return next(iter(totals + means), None)
 
     @property
+    def steps(self) -> tuple[int, int]:
+        """First and last step of any line."""
+        steps = [line["step"] for line in self.training + self.scores]
+        return min(steps), max(steps)
+
+    @property
     def stages(self) -> list[tuple[str, int]]:
         """``(name, first step)`` of each stage, in order; empty if the run has no more than one."""
         found: list[tuple[str, int]] = []

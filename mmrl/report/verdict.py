@@ -17,7 +17,8 @@ Level = Literal["good", "info", "warn", "bad"]
 DIVERSITY_KEPT = 0.7
 # Rounding in bfloat16 moves a replayed ratio by less than this; a larger deviation is a fault.
 RATIO_TOLERANCE = 0.02
-CLIP_FRACTION_HIGH = 0.3
+CLIP_FRACTION_HIGH = 0.5
+MAX_ADVICE = 4
 
 
 @dataclass
@@ -105,15 +106,18 @@ def judge(run: Run) -> Verdict:
     reward = ends(_last_stage(run, "reward/mean"))
     verdict = _held_out(run, scores, reward)
     rose = verdict.label == "Improved"
-    fell = verdict.label == "Got worse"
+    hacked = False
     if len(scores) >= 2:
         _steadiness(verdict, scores, rose)
-        _hacking(run, verdict, reward, rose, fell)
+        hacked = _hacking(run, verdict, reward, rose)
     _health(run, verdict)
-    if rose and any(finding.level in {"warn", "bad"} for finding in verdict.findings):
-        verdict.level, verdict.label = "warn", "Improved, with a warning"
-    _closing_advice(run, verdict, scores, rose)
-    verdict.advice = list(dict.fromkeys(verdict.advice))
+    if hacked:
+        verdict.level, verdict.label = "bad", "Reward hacking suspected"
+    elif any(finding.level in {"warn", "bad"} for finding in verdict.findings) and verdict.level != "bad":
+        verdict.level = "warn"
+        verdict.label += ", with a warning" if rose else ""
+    _closing_advice(verdict, scores, rose)
+    verdict.advice = list(dict.fromkeys(verdict.advice))[:MAX_ADVICE]
     return verdict
 
 
@@ -176,21 +180,22 @@ def _steadiness(verdict: Verdict, scores: list[tuple[int, float]], rose: bool) -
             verdict.add("info", f"The rise was uneven: {falls} of {len(values) - 1} evaluations fell clearly back.")
 
 
-def _hacking(run: Run, verdict: Verdict, reward: tuple[float, float] | None, rose: bool, fell: bool) -> None:
-    clean = True
+def _hacking(run: Run, verdict: Verdict, reward: tuple[float, float] | None, rose: bool) -> bool:
+    """Add what points to a reward that is satisfied without the task; True if training and held-out scores part."""
+    clean, hacked = True, False
     if reward is not None:
         spreads = [value for _, value in finite(run.series("reward/std"))]
         # The trend of batch means is clear when it exceeds a tenth of the spread inside a batch.
         scale = 0.1 * statistics.fmean(spreads) if spreads else 0.0
         gain = reward[1] - reward[0]
         if gain > max(scale, 0.02 * abs(reward[0])) and not rose:
-            clean = False
+            clean, hacked = False, True
             verdict.add(
-                "bad" if fell else "warn",
+                "bad",
                 f"Sign of reward hacking: the training reward rose ({signed(gain)}) while the held-out score "
-                f"{'fell' if fell else 'did not'}.",
-                "Look at the best-scored samples below: do they deserve it? Add a KL term or a second reward that the "
-                "trick does not satisfy, and train on more prompts.",
+                f"{'fell' if verdict.label == 'Got worse' else 'did not'}.",
+                "Look at the best-scored samples below: do they deserve it? Raise algorithm.kl_coef or add a second "
+                "reward that the trick does not satisfy, and train on more prompts.",
             )
     diversity = finite(run.diversity)
     if len(diversity) >= 2 and diversity[0][1] > 0:
@@ -201,7 +206,7 @@ def _hacking(run: Run, verdict: Verdict, reward: tuple[float, float] | None, ros
                 "bad" if kept < 0.5 else "warn",
                 f"Diversity fell to {kept:.0%} of the start: outputs for one prompt are becoming alike, a sign of "
                 "collapse or reward hacking.",
-                "Keep diversity with a smaller trainer.lr, fewer steps or a KL term to the starting model.",
+                "Keep diversity with a smaller trainer.lr, fewer steps or a larger algorithm.kl_coef.",
             )
         else:
             verdict.add("good", f"Diversity is at {kept:.0%} of the start.")
@@ -221,6 +226,7 @@ def _hacking(run: Run, verdict: Verdict, reward: tuple[float, float] | None, ros
             )
     if clean and rose and reward is not None:
         verdict.add("good", "No sign of reward hacking: training and held-out scores moved together.")
+    return hacked
 
 
 def _health(run: Run, verdict: Verdict) -> None:
@@ -260,9 +266,7 @@ def _health(run: Run, verdict: Verdict) -> None:
             verdict.add(
                 "info" if spikes < 3 else "warn",
                 f"The gradient norm spiked above ten times its median in {spikes} step{'s' if spikes > 1 else ''}.",
-                "Clip the gradient norm, and leave out the last denoising step, whose gradient is the largest."
-                if spikes >= 3
-                else None,
+                "Lower trainer.max_grad_norm, so that a single step cannot undo many." if spikes >= 3 else None,
             )
     spread = ends(run.series("reward/std"))
     if spread and spread[1] < max(1e-6, 0.02 * spread[0]):
@@ -278,7 +282,7 @@ def _health(run: Run, verdict: Verdict) -> None:
         verdict.add("good", f"The optimisation looks healthy: replay deviation {exact}{clipped}, no gradient spikes.")
 
 
-def _closing_advice(run: Run, verdict: Verdict, scores: list[tuple[int, float]], rose: bool) -> None:
+def _closing_advice(verdict: Verdict, scores: list[tuple[int, float]], rose: bool) -> None:
     if len(scores) < 2:
         return
     values = [value for _, value in scores]
