@@ -131,7 +131,8 @@ def _check_media(samples: Samples) -> None:
     for kind, media in (("picture", samples.images), ("video", samples.videos)):
         if media is None:
             continue
-        broken = ~media.detach().flatten(1).isfinite().all(1)
+        # One broken pixel breaks the sum, which is cheaper than a look at each.
+        broken = ~media.detach().flatten(1).sum(1, dtype=torch.float32).isfinite()
         if broken.any():
             where = describe_sample(samples, int(broken.nonzero()[0]))
             raise RewardError(
