@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mmrl.config import Config, StageConfig, TrainerOptions
 from mmrl.data import load_prompts
 from mmrl.errors import UserError
 from mmrl.types import Prompt
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -34,12 +39,18 @@ def check(config: Config) -> list[StageData]:
 def load_stage_data(stage: StageConfig) -> StageData:
     """Read the prompts of one stage."""
     data = stage.data
-    shared = {"columns": data.columns, "options": data.options}
-    train = load_prompts(data.prompts, split=data.split, limit=data.limit, **shared)
+    train = load_prompts(data.prompts, columns=data.columns, split=data.split, options=data.options, limit=data.limit)
     limit = stage.eval.limit
     if data.eval_prompts is None:
         return StageData(train, train[:limit])
-    held_out = load_prompts(data.eval_prompts, split=data.eval_split, limit=limit, key="data.eval_prompts", **shared)
+    held_out = load_prompts(
+        data.eval_prompts,
+        columns=data.columns,
+        split=data.eval_split,
+        options=data.eval_options,
+        limit=limit,
+        key="data.eval_prompts",
+    )
     return StageData(train, held_out)
 
 
@@ -58,7 +69,7 @@ def check_optimizer(options: TrainerOptions) -> None:
         raise UserError(f"trainer.optimizer_options: {options.optimizer} refuses them: {error}") from error
 
 
-def _explained(source, function, argument):
+def _explained(source: str, function: Callable[[Argument], Result], argument: Argument) -> Result:
     try:
         return function(argument)
     except UserError as error:

@@ -77,8 +77,8 @@ def component_model(kind: Kind, name: str) -> type[Strict]:
     fields, open_ended = signature_fields(target)
     if kind == "pipeline":
         fields.pop(next(iter(fields)))
-        loading, loading_open = signature_fields(target.load)
-        fields, open_ended = {**loading, **fields}, open_ended or loading_open
+        # Keywords that ``load`` only passes on cannot be checked, so they are not options.
+        fields, open_ended = {**signature_fields(target.load)[0], **fields}, False
     for key, default in entry.defaults.items():
         fields[key] = (fields[key][0], default)
     return model_from_fields(target.__name__, fields, open_ended)

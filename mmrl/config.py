@@ -52,7 +52,8 @@ class DataOptions(Strict):
             another name.
         limit: only the first so many training prompts.
         split, eval_split: of a Hugging Face data set.
-        options: keywords for the function, or for ``datasets.load_dataset`` (a hub data set's ``name``, ``revision``).
+        options, eval_options: keywords for the function, or for ``datasets.load_dataset`` (a hub data set's ``name``,
+            ``revision``).
     """
 
     prompts: str | list[str | dict[str, Any]]
@@ -64,6 +65,7 @@ class DataOptions(Strict):
     split: str = "train"
     eval_split: str = "test"
     options: dict[str, Any] = Field(default_factory=dict)
+    eval_options: dict[str, Any] = Field(default_factory=dict)
 
 
 class EmaOptions(Strict):

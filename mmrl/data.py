@@ -1,8 +1,8 @@
 """Prompts from files, folders, data sets and functions, and which of them a step takes.
 
 A *row* is a mapping of columns, or just a text. ``text`` (or ``prompt`` or ``caption``), ``images`` (or ``image``),
-``target``, ``task``, ``inputs`` and ``id`` become the fields of :class:`mmrl.types.Prompt`; all other columns are kept in
-``Prompt.metadata``. ``columns`` renames. Relative picture paths are looked for beside the file that names them.
+``target``, ``task``, ``inputs`` and ``id`` become the fields of :class:`mmrl.types.Prompt`; all other columns are kept
+in ``Prompt.metadata``. ``columns`` renames. Relative picture paths are looked for beside the file that names them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def load_prompts(
     Args:
         source: one of
 
-            * a ``.txt`` file, a prompt a line; ``.jsonl``, a row a line; ``.json``, a list of rows; ``.csv`` with a header;
+            * a ``.txt`` file, a prompt a line; ``.jsonl``, a row a line; ``.json``, a list of rows; ``.csv``;
             * a folder of pictures, each with its caption in a ``.txt`` of the same name, or all in ``metadata.jsonl``
               with a column ``file_name``; the picture is the prompt's ``target``;
             * a folder that Hugging Face datasets saved, or ``"hub:owner/name"``;
@@ -343,7 +343,8 @@ class PromptSampler:
             raise UserError("there are no prompts to sample from")
         if batch_size < 1 or batch_size % world:
             raise UserError(
-                f"data.batch_size is {batch_size}, but should be a positive multiple of the number of processes, {world}"
+                f"data.batch_size is {batch_size}, but should be a positive multiple of {world}, "
+                "the number of processes"
             )
         self.prompts = list(prompts)
         self.batch_size = batch_size

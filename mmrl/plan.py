@@ -1,0 +1,51 @@
+"""What a step of a config costs, from the config alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmrl.components import Component, build_algorithm
+from mmrl.config import Config, StageConfig
+
+
+def forwards_per_sample(pipeline: Component) -> dict[str, int]:
+    """Network forwards of one sample for each verb.
+
+    A policy class says so in a static ``forwards_per_sample(**options)``; without it a sampler of ``num_steps`` steps
+    is assumed whose last step is not trained.
+    """
+    hook = getattr(pipeline.target, "forwards_per_sample", None)
+    if hook is not None:
+        return dict(hook(**pipeline.keywords()))
+    steps = int(pipeline.options.get("num_steps") or 1)
+    return {"rollout": steps, "decisions": max(steps - 1, 1), "fit": 1, "generate": steps}
+
+
+def step_cost(config: Config, stage: StageConfig) -> dict[str, Any]:
+    """Samples and network forwards (rows through the network, guidance not counted) of one training step.
+
+    The updates' numbers are upper bounds: groups without a reward difference are dropped before any forward.
+    """
+    algorithm = build_algorithm(stage.algorithm)
+    each = forwards_per_sample(config.pipeline)
+    samples = stage.data.batch_size * algorithm.group_size
+    cost: dict[str, Any] = {"prompts": stage.data.batch_size, "samples": samples}
+    passes = getattr(algorithm, "epochs", 1)
+    references = 1 if algorithm.needs_reference else 0
+    if "rollout" in algorithm.verbs:
+        cost["rollout forwards"] = samples * each["rollout"]
+    if "decisions" in algorithm.verbs:
+        cost["update forwards"] = samples * each["decisions"] * passes
+        cost["reference forwards"] = cost["update forwards"] * references
+    if "fit" in algorithm.verbs:
+        rows = samples
+        if "rollout" in algorithm.verbs:
+            ranked = getattr(algorithm, "pairs", "") == "ranked"
+            rows = stage.data.batch_size * 2 * (algorithm.group_size // 2 if ranked else 1)
+        cost["update forwards"] = rows * each["fit"] * passes * getattr(algorithm, "noise_draws", 1)
+        cost["reference forwards"] = cost["update forwards"] * references
+    if "generate" in algorithm.verbs:
+        cost["sampling forwards"] = samples * each["generate"]
+        cost["of these with gradient"] = samples * min(getattr(algorithm, "grad_steps", 0), each["generate"])
+    cost["optimiser steps"] = passes * getattr(algorithm, "minibatches", 1)
+    return {key: value for key, value in cost.items() if value}
