@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,9 +16,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmrl.errors import UserError
-
-if TYPE_CHECKING:
-    from mmrl.config import Config
 
 app = typer.Typer(
     name="mmrl",
@@ -66,45 +63,49 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 @_command
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train as a config says; the results go to its run_dir."""
+    from mmrl import run
     from mmrl.config import load_config
 
     loaded = load_config(config, overrides or [])
-    run_dir = Path(loaded.run_dir)
-    if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
-        raise UserError(
-            f"run_dir '{run_dir}' holds a run already: continue it with 'mmrl resume {run_dir}', "
-            "or give another folder with run_dir=..."
-        )
-    _train(loaded, resume_from=None)
+    run.train(loaded)
+    _report(Path(loaded.run_dir))
 
 
 @_command
 def resume(run_dir: RunFolder, overrides: Overrides = None) -> None:
     """Continue a run from its latest checkpoint."""
-    _train(_config_of(run_dir, overrides), resume_from=run_dir)
+    from mmrl import run
+
+    run.resume(run_dir, overrides or [])
+    _report(run_dir)
 
 
-def _train(config: Config, resume_from: Path | None) -> None:
-    from mmrl.trainer import run
+def _report(run_dir: Path) -> None:
+    """Write the report, on the main process."""
+    from mmrl import distributed
+    from mmrl.report import write_report
 
-    run(config, resume_from)
+    if distributed.rank() == 0:
+        Console(soft_wrap=True).print(f"report: {write_report(run_dir)}", highlight=False)
 
 
 @_command
 def eval_(
-    source: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR|CONFIG", help="A run, or a config for its untrained model.")
-    ],
+    source: Annotated[Path, typer.Argument(metavar="RUN_DIR|CONFIG", help="A run, or a config of an untrained model.")],
     overrides: Overrides = None,
 ) -> None:
     """Score the evaluation prompts with the latest checkpoint of a run, or with a config's model as it is."""
+    from mmrl import distributed, run
     from mmrl.config import load_config
-    from mmrl.trainer import evaluate
+    from mmrl.display import Display
 
     if source.is_dir():
-        evaluate(_config_of(source, overrides), source)
+        config, checkpoint = run.run_config(source, overrides or []), run.latest_checkpoint(source)
+        step = int(checkpoint.name.removeprefix("step-"))
     else:
-        evaluate(load_config(source, overrides or []), None)
+        config, checkpoint, step = load_config(source, overrides or []), None, 0
+    found = run.evaluate(config, checkpoint)
+    Display(rank=distributed.rank()).evaluation(step, found)
 
 
 @_command
@@ -116,11 +117,26 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="Folder to write to; RUN_DIR/samples when not given.")] = None,
 ) -> None:
     """Draw samples with the latest checkpoint of a run and write them as PNG files."""
-    from mmrl.trainer import sample as draw
+    from mmrl import run
+    from mmrl.media import save_images, save_videos
+    from mmrl.seeding import derive_seed
+    from mmrl.types import Prompt
 
-    console = Console(soft_wrap=True)
-    for path in draw(_config_of(run_dir), run_dir, prompt, n, seed, out or run_dir / "samples"):
-        console.print(str(path), highlight=False)
+    if not all(text.strip() for text in prompt):
+        raise UserError("--prompt is empty")
+    config, checkpoint = run.run_config(run_dir), run.latest_checkpoint(run_dir)
+    numbers = [(p, k) for p in range(len(prompt)) for k in range(n)]
+    prompts = [Prompt(text=prompt[p], id=f"prompt {p}") for p, _ in numbers]
+    samples = run.sample(config, prompts, [derive_seed(seed, "sample", *number) for number in numbers], checkpoint)
+    folder, names = out or run_dir / "samples", [f"{p:03d}-{k}" for p, k in numbers]
+    if samples.images is not None:
+        paths = save_images(samples.images, folder, names)
+    elif samples.videos is not None:
+        paths = save_videos(samples.videos, folder, names)
+    else:
+        raise UserError(f"pipeline '{config.pipeline.type}' makes neither pictures nor videos")
+    for path in paths:
+        Console(soft_wrap=True).print(str(path), highlight=False)
 
 
 @_command
@@ -188,17 +204,6 @@ def schema() -> None:
     from mmrl.schema import config_schema
 
     typer.echo(json.dumps(config_schema(), indent=1))
-
-
-def _config_of(run_dir: Path, overrides: list[str] | None = None) -> Config:
-    """The config that a run was started with; the folder may have been moved since."""
-    from mmrl.config import load_config
-
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"'{run_dir}' is not the folder of a run: there is no config.yaml in it")
-    loaded = load_config(run_dir / "config.yaml", overrides or [])
-    loaded.run_dir = str(run_dir)
-    return loaded
 
 
 def _is_small(model: Any) -> bool:
