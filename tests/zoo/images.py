@@ -327,7 +327,7 @@ def cogview4() -> Entry:
         scheduler=flow(
             base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear"
         ),
-        vae=image_vae(),
+        vae=image_vae(shift_factor=0.0),
         text_encoder=encoder,
         tokenizer=tokenizer,
     )

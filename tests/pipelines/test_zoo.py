@@ -1,0 +1,213 @@
+"""Every promised pipeline, as a tiny random instance of its real class, through every verb of the policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from zoo import EXTRA, ZOO, Entry
+
+from mmrl import Prompt, Rollout, Samples
+from mmrl.errors import UserError
+from mmrl.seeding import derive_seed
+from pipelines import DiffusionPolicy, latents
+from pipelines.scheduler_seam import Plan
+
+STEPS = 4
+WORKING_EXTRA = [
+    "Flux2",
+    "Flux2Klein",
+    "WanImageToVideo",
+    "WanTwoExperts",
+]
+REFUSED = {"StableAudio": "EDMDPMSolverMultistepScheduler"}
+
+
+@dataclass
+class Case:
+    entry: Entry
+    policy: DiffusionPolicy
+    rollout: Rollout
+
+    @property
+    def columns(self) -> int:
+        return self.rollout.logp.shape[1]
+
+
+def make_case(entry: Entry) -> Case:
+    policy = DiffusionPolicy(entry.pipe, num_steps=STEPS, call=entry.call, batch_size=4)
+    prompts = [Prompt(text=text, id=text, inputs=entry.inputs) for text in entry.prompts]
+    return Case(entry, policy, policy.rollout(prompts, group_size=2, seed=7))
+
+
+@pytest.fixture(scope="module", params=list(ZOO))
+def case(request: pytest.FixtureRequest) -> Case:
+    return make_case(ZOO[request.param]())
+
+
+@pytest.fixture(scope="module", params=WORKING_EXTRA)
+def extra_case(request: pytest.FixtureRequest) -> Case:
+    return make_case(EXTRA[request.param]())
+
+
+def media(samples: Samples) -> torch.Tensor:
+    return samples.images if samples.images is not None else samples.videos
+
+
+def gradient_norm(case: Case, loss: torch.Tensor) -> float:
+    """Norm over all trained weights; each network of the pipeline must get a finite, non-zero share."""
+    for parameter in case.policy.parameters:
+        parameter.grad = None
+    loss.backward()
+    grads = [p.grad for p in case.policy.parameters if p.grad is not None]
+    for parameter in case.policy.parameters:
+        parameter.grad = None
+    return float(torch.stack([g.norm() for g in grads]).norm()) if grads else 0.0
+
+
+def assert_useful(norm: float) -> None:
+    assert 0 < norm < float("inf")
+
+
+def check_exact_replay(case: Case) -> None:
+    rollout = case.rollout
+    assert rollout.logp.shape == (len(rollout), STEPS - 1)
+    assert torch.isfinite(rollout.logp).all()
+    window = case.policy.decisions(rollout)
+    assert float((window.logp - rollout.logp).abs().max().detach()) == 0.0
+    for column in range(case.columns):
+        single = case.policy.decisions(rollout, [column])
+        assert float((single.logp[:, 0] - rollout.logp[:, column]).abs().max().detach()) == 0.0
+    inner = case.policy.decisions(rollout, [1, 2])
+    assert float((inner.logp - rollout.logp[:, 1:]).abs().max().detach()) == 0.0
+    assert_useful(gradient_norm(case, window.logp.mean()))
+
+
+def test_rollout_gives_pictures_that_differ(case: Case) -> None:
+    pictures = media(case.rollout.samples)
+    assert len(pictures) == 2 * len(case.entry.prompts)
+    assert torch.isfinite(pictures).all()
+    assert pictures.min() >= 0
+    assert pictures.max() <= 1
+    distances = torch.cdist(pictures.flatten(1), pictures.flatten(1)) + torch.eye(len(pictures)) * 1e9
+    assert distances.min() > 1e-3
+
+
+def test_replay_is_exact(case: Case) -> None:
+    check_exact_replay(case)
+
+
+def first_order(scheduler: Any) -> Any:
+    """A scheduler of diffusers that takes plain Euler (or DDIM) steps on the grid of ``scheduler``."""
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        return scheduler
+    if isinstance(scheduler, diffusers.UniPCMultistepScheduler):
+        return type(scheduler).from_config(scheduler.config, solver_order=1, disable_corrector=list(range(STEPS)))
+    if isinstance(scheduler, diffusers.DPMSolverMultistepScheduler) and scheduler.config.use_flow_sigmas:
+        return type(scheduler).from_config(scheduler.config, solver_order=1)
+    return diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+
+
+@torch.no_grad()
+def test_ode_samples_equal_the_plain_pipelines(case: Case) -> None:
+    """Without noise the seam samples what the untouched pipeline does with a first-order scheduler of diffusers."""
+    entry, text = case.entry, case.entry.prompts[0]
+    mine = case.policy.generate([Prompt(text=text, inputs=entry.inputs)], seeds=[3])
+    own = entry.pipe.scheduler
+    entry.pipe.scheduler = first_order(own)
+    plain = entry.pipe(
+        prompt=text,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(derive_seed(3, "start")),
+        output_type="pt",
+        **entry.call,
+        **entry.inputs,
+    )[0]
+    entry.pipe.scheduler = own
+    assert media(mine).shape == plain.shape
+    assert float((media(mine) - plain).abs().max()) < 1e-4
+
+
+def test_bf16_autocast_replays_within_a_thousandth(case: Case) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        rollout = case.policy.rollout(case.rollout.samples.prompts[::2], group_size=2, seed=8)
+        replay = case.policy.decisions(rollout)
+    assert replay.logp.dtype == torch.float32
+    assert float((replay.logp - rollout.logp).abs().max().detach()) < 1e-3
+    assert_useful(gradient_norm(case, replay.logp.mean()))
+
+
+def test_fit_has_gradient(case: Case) -> None:
+    seeds = list(range(len(case.rollout)))
+    error = case.policy.fit(case.rollout, seeds)
+    assert error.shape == (len(case.rollout),)
+    assert torch.isfinite(error).all()
+    assert_useful(gradient_norm(case, error.mean()))
+
+
+class Finish(Plan):
+    """Ends a run at a given latent, so that the pipeline decodes it."""
+
+    def __init__(self, x0: torch.Tensor):
+        self.x0 = x0
+
+    def steps(self, total: int) -> list[int]:
+        return [total - 1]
+
+    def take(self, index: int, x: torch.Tensor, output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.x0
+
+
+@torch.no_grad()
+def test_latents_of_pictures_are_those_the_pipeline_decodes(case: Case) -> None:
+    """Encoding scales and packs the VAE's latents; the pipeline's own unpacking and scaling back must undo that."""
+    policy, rollout, vae = case.policy, case.rollout[:1], case.entry.pipe.vae
+    own = Samples(rollout.samples.prompts, images=rollout.samples.images, videos=rollout.samples.videos)
+    shapes = [policy.seam.inspect(own.prompts[0], policy.train).latent_shape]
+    seen: dict[str, torch.Tensor] = {}
+    encode, decode = vae.encode, vae.decode
+
+    def spy_encode(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = encode(z, *args, **kwargs)
+        seen["encoded"] = result.latent_dist.mode() if hasattr(result, "latent_dist") else result.latent
+        return result
+
+    def spy_decode(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen["decoded"] = z
+        return decode(z, *args, **kwargs)
+
+    vae.encode = spy_encode
+    x0 = latents.encode(case.entry.pipe, own, shapes, batch_size=1)
+    del vae.encode
+    vae.decode = spy_decode
+    policy.seam.run(own.prompts, policy.train, Finish(x0), [0], decode=True)
+    del vae.decode
+    assert float((seen["encoded"].squeeze() - seen["decoded"].squeeze()).abs().max()) < 1e-4
+    assert torch.isfinite(policy.fit(own, [0])).all()
+
+
+@torch.no_grad()
+def test_jump_to_x0(case: Case) -> None:
+    jumped = case.policy.jump_to_x0(case.rollout, 1)
+    assert media(jumped).shape == media(case.rollout.samples).shape
+    assert torch.isfinite(media(jumped)).all()
+
+
+def test_backprop_through_the_last_step(case: Case) -> None:
+    prompts = case.rollout.samples.prompts[::2]
+    samples = case.policy.generate(prompts, seeds=[1, 2][: len(prompts)], grad_steps=1)
+    assert_useful(gradient_norm(case, media(samples).std()))
+
+
+def test_extra_pipelines_replay_exactly(extra_case: Case) -> None:
+    check_exact_replay(extra_case)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusal_names_the_scheduler(name: str) -> None:
+    entry = EXTRA[name]()
+    with pytest.raises(UserError, match=REFUSED[name]):
+        DiffusionPolicy(entry.pipe, num_steps=STEPS, call=entry.call)
