@@ -34,7 +34,7 @@ class LoRA:
 
     rank: int = 32
     alpha: float | None = None
-    targets: list[str] | str = r".*attn.*\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)"
+    targets: list[str] | str = r".*att(n|ention).*\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)"
     init: Literal["gaussian", "kaiming"] = "gaussian"
     seed: int = 0
 
@@ -62,6 +62,8 @@ def add_lora(pipe: Any, lora: LoRA) -> Parameters:
 
     named = {}
     for component, module in denoisers(pipe).items():
+        if not hasattr(module, "add_adapter"):
+            raise UserError(f"{type(module).__name__} takes no LoRA adapters: set lora to null to train all of it")
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.rank if lora.alpha is None else lora.alpha,

@@ -120,7 +120,9 @@ class DiffusionPolicy:
             self.seam.check_call(kwargs, key)
         self.train = Call(num_steps, call)
         self.eval = Call(eval_num_steps or num_steps, {**call, **(eval_call or {})})
-        self.fitting = Call(num_steps, {**call, **(self.seam.guidance_off() if fit_call is None else fit_call)})
+        unguided = {name: value for name, value in call.items() if not name.startswith("negative_prompt")}
+        unguided |= self.seam.guidance_off()
+        self.fitting = Call(num_steps, unguided if fit_call is None else {**call, **fit_call})
         self._times_per_row: bool | None = None
         if dtype is not None:
             pipe.to(dtype=getattr(torch, dtype))
@@ -139,6 +141,11 @@ class DiffusionPolicy:
     def counters(self):
         """Work done so far; see :class:`pipelines.seam.Seam`."""
         return self.seam.counters
+
+    @property
+    def has_frozen_base(self) -> bool:
+        """The start is at hand without a copy, by switching adapters off."""
+        return self.lora is not None
 
     @property
     def device(self) -> torch.device:

@@ -8,6 +8,7 @@ neighbours) and its ``prepare_latents`` (so that a run can start from a recorded
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 from collections import Counter, OrderedDict
@@ -94,6 +95,11 @@ class Seam:
         self.counters: Counter = Counter()
         self.call = inspect.unwrap(type(pipe).__call__)
         self.arguments = inspect.signature(self.call).parameters
+        if "strength" in self.arguments:
+            raise UserError(
+                f"pipeline {self.name} has no scheduler seam: it starts part of the way down its own schedule "
+                "(argument 'strength'); use the text-to-image or editing pipeline of the model"
+            )
         self.text_cache = text_cache
         self._texts: OrderedDict[str, Any] = OrderedDict()
         self._facts: OrderedDict[tuple, Facts] = OrderedDict()
@@ -235,7 +241,7 @@ class Seam:
             arguments = signature.bind(*args, **kwargs).arguments
             rows = []
             for k in range(count):
-                row = {name: _row(value, k, count) for name, value in arguments.items()}
+                row = {name: _row(name, value, k, count) for name, value in arguments.items()}
                 key = _fingerprint(row)
                 if key not in self._texts:
                     # Always in the encoder's own precision, so that a cached embedding is the same one whether
@@ -268,8 +274,11 @@ def _inputs(prompt: Prompt, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _open(image: Any) -> Any:
-    if not isinstance(image, (str, bytes)) and not hasattr(image, "__fspath__"):
-        return image
+    return _read(str(image)) if isinstance(image, str) or hasattr(image, "__fspath__") else image
+
+
+@functools.lru_cache(maxsize=256)
+def _read(image: str) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -284,8 +293,10 @@ def _identity(prompt: Prompt) -> tuple:
     return (*sorted((name, id(value)) for name, value in prompt.inputs.items()), *(id(i) for i in prompt.images))
 
 
-def _row(value: Any, k: int, count: int) -> Any:
+def _row(name: str, value: Any, k: int, count: int) -> Any:
     """Row ``k`` of an argument that has one entry per row; anything else as it is."""
+    if name == "batch_size":
+        return 1
     if isinstance(value, (list, tuple)) and len(value) == count:
         return [value[k]]
     if isinstance(value, Tensor) and value.shape[:1] == (count,):
