@@ -97,7 +97,8 @@ class TrainerOptions(Strict):
         save_every: steps between checkpoints; 0 saves at the end only.
         keep_checkpoints: how many of the latest stay; null keeps all.
         eval_every: steps between evaluations; 0 evaluates before the first and after the last step only.
-        log_every: steps between lines in the terminal's log; ``metrics.jsonl`` has every step.
+        log_every: steps between lines where there is no terminal, by default about 40 lines a stage; ``metrics.jsonl``
+            has every step.
         device: ``auto`` takes CUDA, then MPS, then the CPU.
         threads: CPU threads; torch's choice when not given.
         compile: ``torch.compile`` for the trained networks.
@@ -118,7 +119,7 @@ class TrainerOptions(Strict):
     save_every: Annotated[int, Field(ge=0)] = 0
     keep_checkpoints: Count | None = 3
     eval_every: Annotated[int, Field(ge=0)] = 0
-    log_every: Count = 1
+    log_every: Count | None = None
     device: str = "auto"
     threads: Count | None = None
     compile: bool = False
