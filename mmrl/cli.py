@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmrl.errors import UserError
+
+if TYPE_CHECKING:
+    from mmrl.config import Config
 
 app = typer.Typer(
     name="mmrl",
@@ -67,7 +71,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     from mmrl.config import load_config
 
     loaded = load_config(config, overrides or [])
-    run.train(loaded)
+    with _saying_how_to_resume(loaded):
+        run.train(loaded)
     _report(Path(loaded.run_dir))
 
 
@@ -76,8 +81,19 @@ def resume(run_dir: RunFolder, overrides: Overrides = None) -> None:
     """Continue a run from its latest checkpoint."""
     from mmrl import run
 
-    run.resume(run_dir, overrides or [])
+    with _saying_how_to_resume(run.run_config(run_dir, overrides or [])):
+        run.resume(run_dir, overrides or [])
     _report(run_dir)
+
+
+@contextlib.contextmanager
+def _saying_how_to_resume(config: Config) -> Iterator[None]:
+    """After Ctrl-C. ``run_dir`` is read late: training may have taken another than the config named."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console(stderr=True, soft_wrap=True).print(f"continue with: mmrl resume {config.run_dir}", highlight=False)
+        raise
 
 
 def _report(run_dir: Path) -> None:
