@@ -1,8 +1,9 @@
 """Runs an unmodified diffusers pipeline under a plan (see :mod:`pipelines.scheduler_seam`).
 
-For the length of one call, three attributes are set on the pipeline instance and removed again: its scheduler, its
+For the length of one call, four attributes are set on the pipeline instance and removed again: its scheduler, its
 ``encode_prompt`` (text is encoded once per prompt, one prompt at a time, so that an embedding does not depend on its
-neighbours) and its ``prepare_latents`` (so that a run can start from a recorded state).
+neighbours), its ``prepare_latents`` (so that a run can start from a recorded state) and ``encode`` of its VAE (pictures to
+edit are encoded once).
 """
 
 from __future__ import annotations
@@ -24,11 +25,17 @@ from mmrl.types import Prompt
 from pipelines.adapters import denoisers
 from pipelines.scheduler_seam import Grid, Inspect, Plan, SeamScheduler, base_scheduler
 
-# The only lines here that know a pipeline by name: the arguments that switch guidance off, where the usual ones do not.
+# The only lines that know a pipeline by name: the arguments that switch guidance off, where the usual ones do not, ...
 GUIDANCE_OFF = {
     "ZImagePipeline": {"guidance_scale": 0.0},
     "AuraFlowPipeline": {"guidance_scale": 1.0},
+    "PixArtAlphaPipeline": {"guidance_scale": 1.0},
+    "PixArtSigmaPipeline": {"guidance_scale": 1.0},
 }
+# ... and the pipelines whose code takes one row a call.
+ONE_ROW = {"QwenImageEditPlusPipeline", "LTXImageToVideoPipeline", "HunyuanVideo15Pipeline"}
+
+IMAGE_CACHE = 64
 
 _RESERVED = {
     "prompt": "prompts are the rows of 'data'",
@@ -77,7 +84,7 @@ class Seam:
 
     Attributes:
         counters: ``network_forwards``, ``network_rows`` (their batch sizes added up), ``prompts_encoded``,
-            ``images_decoded``.
+            ``images_encoded`` (pictures to edit), ``images_decoded``.
 
     Raises:
         UserError: the pipeline has no denoiser or no scheduler that the seam can take the place of.
@@ -100,8 +107,10 @@ class Seam:
                 f"pipeline {self.name} has no scheduler seam: it starts part of the way down its own schedule "
                 "(argument 'strength'); use the text-to-image or editing pipeline of the model"
             )
+        self.encoding = inspect.signature(pipe.encode_prompt) if hasattr(pipe, "encode_prompt") else None
         self.text_cache = text_cache
         self._texts: OrderedDict[str, Any] = OrderedDict()
+        self._images: OrderedDict[str, Any] = OrderedDict()
         self._facts: OrderedDict[tuple, Facts] = OrderedDict()
         pipe.set_progress_bar_config(disable=True)
         for module in denoisers(pipe).values():
@@ -150,7 +159,8 @@ class Seam:
         groups: dict[tuple, list[int]] = {}
         for row, prompt in enumerate(prompts):
             facts = self.inspect(prompt, call)
-            groups.setdefault((_identity(prompt), facts.text_shapes, facts.latent_shape), []).append(row)
+            alone = row if self.name in ONE_ROW else None
+            groups.setdefault((_identity(prompt), facts.text_shapes, facts.latent_shape, alone), []).append(row)
         return list(groups.values())
 
     def run(
@@ -207,11 +217,15 @@ class Seam:
         scheduler = own["scheduler"]
         own["scheduler"] = SeamScheduler(self.base, plan)
         own["prepare_latents"] = self._prepare_latents(self.pipe.prepare_latents, x, seen)
-        if hasattr(self.pipe, "encode_prompt"):
+        if self.encoding is not None:
             own["encode_prompt"] = self._encode_prompt(self.pipe.encode_prompt, count, seen)
+        vae = getattr(self.pipe, "vae", None)
+        if hasattr(vae, "encode"):
+            vars(vae)["encode"] = self._encode_image(vae.encode)
         try:
             yield
         finally:
+            vars(vae or self.pipe).pop("encode", None)
             own["scheduler"] = scheduler
             own.pop("prepare_latents")
             own.pop("encode_prompt", None)
@@ -235,10 +249,8 @@ class Seam:
         return prepare_latents
 
     def _encode_prompt(self, original: Callable, count: int, seen: dict[str, Any] | None) -> Callable:
-        signature = inspect.signature(original)
-
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            arguments = signature.bind(*args, **kwargs).arguments
+            arguments = self.encoding.bind(*args, **kwargs).arguments
             rows = []
             for k in range(count):
                 row = {name: _row(name, value, k, count) for name, value in arguments.items()}
@@ -257,6 +269,21 @@ class Seam:
             return _assemble(rows)
 
         return encode_prompt
+
+    def _encode_image(self, original: Callable) -> Callable:
+        """The VAE's encoder, which sees condition images; like texts, each is encoded once."""
+
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            key = _fingerprint([args, kwargs])
+            if key not in self._images:
+                with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                    self._images[key] = original(*args, **kwargs)
+                self.counters["images_encoded"] += 1
+                _trim(self._images, IMAGE_CACHE)
+            self._images.move_to_end(key)
+            return self._images[key]
+
+        return encode
 
     def _count_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         batch = next(value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, list)))
