@@ -2,8 +2,8 @@
 
 For the length of one call, four attributes are set on the pipeline instance and removed again: its scheduler, its
 ``encode_prompt`` (text is encoded once per prompt, one prompt at a time, so that an embedding does not depend on its
-neighbours), its ``prepare_latents`` (so that a run can start from a recorded state) and ``encode`` of its VAE (pictures to
-edit are encoded once).
+neighbours), its ``prepare_latents`` (so that a run can start from a recorded state) and ``encode`` of its VAE (pictures
+to edit are encoded once).
 """
 
 from __future__ import annotations
