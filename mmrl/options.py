@@ -121,6 +121,10 @@ _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 def _sentence(model: type[BaseModel], data: Mapping, path: str, faults: list[dict]) -> str:
     first = faults[0]
     keys = _real_keys(first, data)
+    # The branch of a union that got furthest into the value is the one that was meant.
+    inside = [f for f in faults if len(_real_keys(f, data)) > len(keys) and _real_keys(f, data)[: len(keys)] == keys]
+    if inside:
+        return _sentence(model, data, path, inside)
     dotted = ".".join([path, *map(str, keys)] if path else map(str, keys))
     if first["type"] in _UNKNOWN:
         return f"unknown key '{dotted}'{nearest(str(keys[-1]), _choices(model, keys[:-1]))}"
@@ -132,6 +136,10 @@ def _sentence(model: type[BaseModel], data: Mapping, path: str, faults: list[dic
     if first["type"] in ("value_error", "assertion_error"):
         return f"'{dotted}' {_expectation(first)}"
     value = get_path(data, keys)[1]
+    if first["type"] == "too_long" and first["ctx"]["field_type"] == "Tuple":
+        length = first["ctx"]["max_length"]
+        things = "numbers" if all(isinstance(item, (int, float)) for item in value) else "entries"
+        return f"'{dotted}' is {value}, but should be a list of {_COUNTS.get(length, length)} {things}"
     hint = ""
     literals = [fault for fault in same if fault["type"] == "literal_error"]
     if literals and isinstance(value, str):
@@ -150,6 +158,8 @@ def _real_keys(fault: Mapping, data: Any) -> list[str | int]:
             keys.append(part)
     return keys
 
+
+_COUNTS = {2: "two", 3: "three", 4: "four"}
 
 _WORDS = {
     "int_type": "a whole number",
