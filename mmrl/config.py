@@ -254,9 +254,9 @@ def parse_config(
     if partial is not None:
         stages = _stages(base, partial, paths, where, folders)
     else:
-        stages = [_stage(DEFAULT_STAGE, base, where, folders, lambda key: key)]
+        stages = [_stage(DEFAULT_STAGE, base, where, folders)]
     for stage in stages:
-        check_fit(pipeline, stage, where)
+        check_fit(pipeline, stage, where if partial is None else f"{where}, stage '{stage.name}'")
     return Config(head.run_dir or f"runs/{name}", head.seed, pipeline, stages, where)
 
 
@@ -306,11 +306,8 @@ def _stages(
         if not isinstance(name, str) or name in [stage.name for stage in stages]:
             raise UserError(f"{where}: 'stages.{number}.name' is {describe(name)}, but should be text and not repeat")
 
-        def locate(key: str, number: int = number, own: Mapping = own) -> str:
-            # A fault is reported where it stands: in the stage's own keys or at the top.
-            return f"stages.{number}.{key}" if get_path(own, key.split("."))[0] else key
-
-        stages.append(_stage(name, merge(base, {k: v for k, v in own.items() if k != "name"}), where, folders, locate))
+        data = merge(base, {key: value for key, value in own.items() if key != "name"})
+        stages.append(_stage(name, data, f"{where}, stage '{name}'", folders))
     for keys in overridden:
         if keys[0] in _SECTIONS and all(get_path(own, keys)[0] for own in partial):
             raise UserError(
@@ -320,27 +317,27 @@ def _stages(
     return stages
 
 
-def _stage(name: str, data: Mapping[str, Any], where: str, folders: list[Path], locate: Any) -> StageConfig:
+def _stage(name: str, data: Mapping[str, Any], where: str, folders: list[Path]) -> StageConfig:
     for key in ("data", "algorithm"):
         if key not in data:
             raise UserError(f"{where}: '{key}' is missing")
 
     def section(model: type[Strict], key: str) -> Any:
-        return validate(model, data.get(key, {}), where=where, path=locate(key))
+        return validate(model, data.get(key, {}), where=where, path=key)
 
     prompts = section(DataOptions, "data")
     for key in ("prompts", "eval_prompts"):
         setattr(prompts, key, _find_source(getattr(prompts, key), folders))
-    rewards = _rewards(data.get("rewards", []), where, locate("rewards"), folders)
+    rewards = _rewards(data.get("rewards", []), where, "rewards", folders)
     evaluation = section(EvalOptions, "eval")
     eval_rewards = rewards
     if evaluation.rewards is not None:
-        eval_rewards = _rewards(evaluation.rewards, where, f"{locate('eval')}.rewards", folders)
+        eval_rewards = _rewards(evaluation.rewards, where, "eval.rewards", folders)
     return StageConfig(
         name=name,
         data=prompts,
         rewards=rewards,
-        algorithm=algorithm_component(data["algorithm"], where=where, path=locate("algorithm"), folders=folders),
+        algorithm=algorithm_component(data["algorithm"], where=where, path="algorithm", folders=folders),
         trainer=section(TrainerOptions, "trainer"),
         eval=evaluation.model_copy(update={"rewards": None}),
         eval_rewards=eval_rewards,
