@@ -60,7 +60,6 @@ class DiffusionPolicy:
         call: extra arguments of the pipeline's call: height, width, guidance_scale...
         log_prob: convention of log-probs; ``auto`` is the published one for the step.
         lora: adapters to train; None trains the whole denoiser.
-        dtype: precision to convert the pipeline to; None leaves it.
         batch_size: rows per pipeline call.
         same_noise: members of a group start from the same x_T.
         shared_prefix: run the steps before the window once per prompt; needs ``same_noise``.
@@ -88,7 +87,6 @@ class DiffusionPolicy:
         call: dict[str, Any] | None = None,
         log_prob: LogProbKind = "auto",
         lora: LoRA | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         batch_size: Annotated[int, Field(ge=1)] = 8,
         same_noise: bool = False,
         shared_prefix: bool = False,
@@ -124,18 +122,13 @@ class DiffusionPolicy:
         unguided |= self.seam.guidance_off()
         self.fitting = Call(num_steps, unguided if fit_call is None else {**call, **fit_call})
         self._times_per_row: bool | None = None
-        if dtype is not None:
-            pipe.to(dtype=getattr(torch, dtype))
         adapters.freeze(pipe)
         self.lora = lora
         self.parameters = adapters.train_all(pipe) if lora is None else adapters.add_lora(pipe, lora)
         if gradient_checkpointing:
             adapters.enable_gradient_checkpointing(pipe)
 
-    @staticmethod
-    def load(model: str, **options: Any) -> Any:
-        """The pipeline in a folder, of a hub id or shipped with this package; see :func:`loading.load_pipeline`."""
-        return loading.load_pipeline(model, **options)
+    load = staticmethod(loading.load_pipeline)
 
     @property
     def counters(self):
@@ -156,6 +149,11 @@ class DiffusionPolicy:
         """Move the pipeline."""
         self.pipe.to(device)
         return self
+
+    def compile(self) -> None:
+        """``torch.compile`` the trained networks in place."""
+        for module in adapters.denoisers(self.pipe).values():
+            module.compile()
 
     def rollout(self, prompts: Sequence[Prompt], group_size: int, seed: int, step: int = 0) -> Rollout:
         """Sample ``group_size`` pictures per prompt with stochastic steps; see :class:`mmrl.policy.Policy`.
@@ -306,7 +304,8 @@ class DiffusionPolicy:
     def export(self, folder: Path) -> None:
         """LoRA: a file for ``pipe.load_lora_weights(folder)``. Full fine-tuning: a plain pipeline folder."""
         if self.lora is None:
-            self.pipe.save_pretrained(folder)
+            with loading.quiet():
+                self.pipe.save_pretrained(folder)
         else:
             adapters.export_lora(self.pipe, Path(folder))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,32 +38,65 @@ def resolve(model: str) -> str:
     return model
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of diffusers and transformers inside: for work of a moment."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
+
+
+def is_small(folder: str) -> bool:
+    """A local folder that loads in a moment."""
+    path = Path(folder)
+    return path.is_dir() and sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) < 100e6
+
+
 def load_pipeline(
     model: str,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     revision: str | None = None,
     variant: str | None = None,
+    scheduler: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """A diffusers pipeline in ``dtype`` from a folder, ``builtin:NAME`` or a hub id; safetensors only.
 
+    Args:
+        scheduler: entries of the scheduler's config to change, e.g. ``{shift: 3.0, use_dynamic_shifting: false}``.
+
     Raises:
-        UserError: the model cannot be found.
+        UserError: the model cannot be found, or its scheduler's config has no such entry.
     """
     folder = resolve(model)
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            folder,
-            torch_dtype=getattr(torch, dtype),
-            revision=revision,
-            variant=variant,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
+        with quiet() if is_small(folder) else contextlib.nullcontext():
+            pipe = DiffusionPipeline.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                revision=revision,
+                variant=variant,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+            )
     except OSError as error:
         raise UserError(f"pipeline '{model}' cannot be loaded: {error}") from error
+    for key in scheduler or {}:
+        if key not in pipe.scheduler.config:
+            kind = type(pipe.scheduler).__name__
+            raise UserError(f"pipeline.scheduler.{key}: {kind} has no such entry{nearest(key, pipe.scheduler.config)}")
+    if scheduler:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **scheduler)
     if getattr(pipe, "safety_checker", None) is not None:
         logging.getLogger(__name__).warning(
             "the pipeline's safety checker is off during training: it would blacken pictures that rewards must see"

@@ -17,14 +17,14 @@ def save_pipeline(folder: Path) -> Path:
     return folder
 
 
-def tiny_config(pipeline: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+def tiny_config(model: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """Flow-GRPO for brightness; ``changes`` are laid over it, section by section."""
     base = {
         "run_dir": str(run_dir),
         "seed": 3,
         "pipeline": {
             "type": "diffusion",
-            "model": str(pipeline),
+            "model": str(model),
             "num_steps": 4,
             "batch_size": 4,
             "call": {"height": 16, "width": 16, "guidance_scale": 1.0, "max_sequence_length": 16},

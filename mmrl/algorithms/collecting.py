@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mmrl import distributed
 from mmrl.algorithms.base import Context
 from mmrl.scoring import Scores
 from mmrl.seeding import derive_seed
@@ -39,6 +40,12 @@ def tally_scores(tally: Tally, scores: Scores) -> None:
 def row_chunks(rows: int, size: int) -> list[slice]:
     """``rows`` cut into contiguous slices of ``size``; the last may be shorter."""
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def numbers_of(rows: slice, count: int) -> range:
+    """Numbers of some of this process's ``count`` rows within the batch of all processes; seeds are made from them."""
+    first = distributed.rank() * count
+    return range(first + rows.start, first + rows.stop)
 
 
 def split_groups(group: torch.Tensor, parts: int) -> list[torch.Tensor]:

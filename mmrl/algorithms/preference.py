@@ -20,13 +20,17 @@ from mmrl.types import Prompt, Rollout
 
 @dataclass
 class Pairs:
-    """Aligned winners and losers of equal length."""
+    """Aligned winners and losers; ``names`` are numbers of the pairs that no other process uses."""
 
     winners: Rollout
     losers: Rollout
+    names: list[int]
 
     def __len__(self) -> int:
-        return len(self.winners)
+        return len(self.names)
+
+    def __getitem__(self, rows: slice) -> Pairs:
+        return Pairs(self.winners[rows], self.losers[rows], self.names[rows])
 
 
 @dataclass
@@ -84,7 +88,8 @@ class PreferenceOptimisation:
         per_group = 1 if self.pairs == "best_worst" else self.group_size // 2
         winners, losers = pair_up(scores, rollout.group.cpu(), per_group)
         context.tally.mean("pairs/margin", scores[winners] - scores[losers])
-        return Pairs(rollout[winners], rollout[losers])
+        names = (winners + distributed.rank() * len(rollout)).tolist()
+        return Pairs(rollout[winners], rollout[losers], names)
 
     def updates(self, context: Context, experience: Pairs, step: int) -> Iterator[Update]:
         size = int(distributed.total(len(experience)))
@@ -94,10 +99,9 @@ class PreferenceOptimisation:
     def _micro_batches(self, context: Context, pairs: Pairs, size: int, step: int, epoch: int) -> Iterator[MicroBatch]:
         # Winner and loser run together, so a pair counts as two samples.
         for rows in row_chunks(len(pairs), max(1, context.micro_batch_size // 2)):
-            part = Pairs(pairs.winners[rows], pairs.losers[rows])
+            part = pairs[rows]
             for draw in range(self.noise_draws):
-                path = (step, epoch, draw, distributed.rank())
-                seeds = [derive_seed(context.seed, "fit", *path, row) for row in range(rows.start, rows.stop)]
+                seeds = [derive_seed(context.seed, "fit", step, epoch, draw, name) for name in part.names]
                 yield MicroBatch(part, seeds, size)
 
     def loss(self, context: Context, micro_batch: MicroBatch) -> Tensor:

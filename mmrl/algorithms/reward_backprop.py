@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmrl import distributed
 from mmrl.algorithms.base import Context, Update
-from mmrl.algorithms.collecting import row_chunks, tally_scores
+from mmrl.algorithms.collecting import numbers_of, row_chunks, tally_scores
 from mmrl.seeding import derive_seed
 from mmrl.types import Prompt
 
@@ -56,8 +56,7 @@ class RewardBackprop:
 
     def _micro_batches(self, context: Context, prompts: list[Prompt], size: int, step: int) -> Iterator[MicroBatch]:
         for rows in row_chunks(len(prompts), context.micro_batch_size):
-            path = (context.seed, "generate", step, distributed.rank())
-            seeds = [derive_seed(*path, row) for row in range(rows.start, rows.stop)]
+            seeds = [derive_seed(context.seed, "generate", step, row) for row in numbers_of(rows, len(prompts))]
             yield MicroBatch(prompts[rows], seeds, size, step)
 
     def loss(self, context: Context, micro_batch: MicroBatch) -> Tensor:
