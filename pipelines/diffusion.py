@@ -103,10 +103,7 @@ class DiffusionPolicy:
         self.kernel = Kernel(check_step(step, noise_level, self.seam), noise_level, log_prob)
         self.num_steps = num_steps
         self.window = window
-        if step != "ode":
-            window_steps(window, num_steps)
-        if shared_prefix and not same_noise:
-            raise UserError("shared_prefix needs same_noise: true, since members of a group share their first steps")
+        self.validate(num_steps, step, window, same_noise, shared_prefix)
         self.batch_size = batch_size
         self.same_noise = same_noise
         self.shared_prefix = shared_prefix
@@ -129,6 +126,22 @@ class DiffusionPolicy:
             adapters.enable_gradient_checkpointing(pipe)
 
     load = staticmethod(loading.load_pipeline)
+
+    @staticmethod
+    def validate(
+        num_steps: int, step: StepKind, window: Any, same_noise: bool, shared_prefix: bool, **others: Any
+    ) -> None:
+        """Check what needs no model; raises ``UserError``. ``others`` are the rest of the options, not looked at."""
+        if step != "ode":
+            window_steps(window, num_steps)
+        if shared_prefix and not same_noise:
+            raise UserError("shared_prefix needs same_noise: true, since members of a group share their first steps")
+
+    @staticmethod
+    def forwards_per_sample(num_steps: int, step: StepKind, window: Any, **others: Any) -> dict[str, int]:
+        """Network rows that one sample costs per verb, at the first training step and without counting guidance."""
+        decisions = 0 if step == "ode" else len(window_steps(window, num_steps))
+        return {"rollout": num_steps, "decisions": decisions, "fit": 1, "generate": num_steps}
 
     @property
     def counters(self):
