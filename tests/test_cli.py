@@ -165,7 +165,7 @@ def test_bad_folders_and_usage(place, tmp_path):
     assert "is not a run folder" in refused("resume", tmp_path)
     assert "is not a run folder" in refused("sample", tmp_path, "--prompt", "a")
     assert "does not exist" in refused("train", tmp_path / "c.yaml")
-    assert "cannot" in refused("report", tmp_path) or "no " in refused("report", tmp_path)
+    assert "is not a run folder" in refused("report", tmp_path)
     (tmp_path / "config.yaml").write_text((place / "run" / "config.yaml").read_text())
     assert "has no checkpoint yet" in refused("eval", tmp_path)
     assert invoke("trian").exit_code == 2

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from mmrl.components import build_algorithm, build_policy, build_scorer, component_model, term_model
-from mmrl.config import load_config
+from mmrl.config import DataOptions, EvalOptions, TrainerOptions, load_config, parse_config
 from mmrl.errors import UserError
 from mmrl.options import options_model, validate, values
 from mmrl.overrides import apply_override, merge, parse_override, parse_yaml
@@ -276,3 +276,13 @@ def test_options_come_from_a_signature():
     assert found == {"size": 3, "copy": True, "extra": 1}
     with pytest.raises(UserError, match=r"here: 'it.size' is 'a', but should be a whole number"):
         validate(model, {"size": "a"}, where="here", path="it")
+
+
+def test_the_page_about_configuration_names_every_option():
+    page = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for model in (DataOptions, TrainerOptions, EvalOptions, term_model()):
+        for name in model.model_fields:
+            assert f"`{name}`" in page, name
+    example = page.partition("```yaml\n")[2].partition("```")[0]
+    text = example.replace("prompts/train.txt", "[a]").replace("prompts/held_out.txt", "[b]")
+    assert parse_config(parse_yaml(text, "page")).stages[0].algorithm.options["group_size"] == 24
