@@ -20,8 +20,8 @@ def normalise(vae: Any, z: Tensor) -> Tensor:
     """
     config = vae.config
     factor = config.get("scaling_factor") or 1.0
-    mean = config.get("latents_mean") if config.get("latents_mean") is not None else getattr(vae, "latents_mean", None)
-    std = config.get("latents_std") if config.get("latents_std") is not None else getattr(vae, "latents_std", None)
+    statistics = {**config, **dict(vae.named_buffers(recurse=False))}
+    mean, std = statistics.get("latents_mean"), statistics.get("latents_std")
     if mean is not None and std is not None:
         shape = (1, -1, *[1] * (z.ndim - 2))
         mean = torch.as_tensor(mean, device=z.device, dtype=z.dtype).view(shape)
@@ -36,6 +36,8 @@ def pack(pipe: Any, z: Tensor, shape: torch.Size) -> Tensor:
         return z
     if z.ndim == len(shape) + 2 and z.shape[2] == 1 and z[:, :, 0].shape[1:] == shape:
         return z[:, :, 0]
+    if z.ndim == 5 and z.transpose(1, 2).shape[1:] == shape:
+        return z.transpose(1, 2)
     if hasattr(pipe, "_pack_latents"):
         names = inspect.signature(pipe._pack_latents).parameters
         known = {
@@ -87,9 +89,13 @@ def encode(pipe: Any, samples: Samples, shapes: Sequence[torch.Size], batch_size
         elif _takes_frames(vae):
             part = part[:, :, None]
         with torch.autocast(weight.device.type, enabled=False):
-            encoded = vae.encode(part)
-        z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-        latents.append(pack(pipe, normalise(vae, z.float()), shapes[begin]))
+            if hasattr(pipe, "_patchify_latents") and hasattr(pipe, "_encode_vae_image"):
+                z = pipe._encode_vae_image(part, None).float()  # FLUX.2 scales patches, by its VAE's batch norm
+            else:
+                encoded = vae.encode(part)
+                z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+                z = normalise(vae, z.float())
+        latents.append(pack(pipe, z, shapes[begin]))
     return torch.cat(latents)
 
 

@@ -352,6 +352,8 @@ def base_scheduler(scheduler: Any, pipeline: str) -> Any:
         return FlowMatchEulerDiscreteScheduler.from_config(config)
     if config.get("use_flow_sigmas") and hasattr(scheduler, "sigmas"):
         return copy.deepcopy(scheduler)
+    if name in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
+        return type(scheduler).from_config(config, clip_sample=False)  # they have the option and do not look at it
     family = name in {kind.name for kind in KarrasDiffusionSchedulers} or isinstance(scheduler, DDIMScheduler)
     if not family or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
         raise UserError(

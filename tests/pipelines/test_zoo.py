@@ -102,7 +102,7 @@ def test_replay_is_exact(case: Case) -> None:
 
 def first_order(scheduler: Any) -> Any:
     """A scheduler of diffusers that takes plain Euler (or DDIM) steps on the grid of ``scheduler``."""
-    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+    if isinstance(scheduler, (diffusers.FlowMatchEulerDiscreteScheduler, diffusers.CogVideoXDDIMScheduler)):
         return scheduler
     if isinstance(scheduler, diffusers.UniPCMultistepScheduler):
         return type(scheduler).from_config(scheduler.config, solver_order=1, disable_corrector=list(range(STEPS)))
