@@ -140,6 +140,8 @@ def test_reward_from_a_file_beside_the_config(tmp_path):
         ("algorithm.group_size=1", "algorithm.group_size is 1"),
         ("algorithm={type: dpo, group_size: 1}", "'algorithm.group_size' is 1, but should be greater than or equal"),
         ("algorithm=reward_backprop", "gradients, which do not flow through reward 'jpeg'"),
+        ("pipeline.window=[9]", "window [9] has step 9"),
+        ("pipeline.window={first: 40}", "asks for 40 steps"),
         ("seed=-1", "'seed' is -1"),
         ("pipeline=null", "'pipeline.type' is missing (choices: diffusion)"),
         ("stages=[]", "'stages' is a list, but should be a list of at least one stage"),
