@@ -129,9 +129,17 @@ class DiffusionPolicy:
 
     @staticmethod
     def validate(
-        num_steps: int, step: StepKind, window: Any, same_noise: bool, shared_prefix: bool, **others: Any
+        num_steps: int,
+        step: StepKind,
+        window: Any,
+        same_noise: bool,
+        shared_prefix: bool,
+        model: str | None = None,
+        **others: Any,
     ) -> None:
-        """Check what needs no model; raises ``UserError``. ``others`` are the rest of the options, not looked at."""
+        """Check what needs no model in memory; raises ``UserError``. ``others`` are options that are not looked at."""
+        if model is not None:
+            loading.resolve(model)
         if step != "ode":
             window_steps(window, num_steps)
         if shared_prefix and not same_noise:
