@@ -28,9 +28,8 @@ from pipelines.scheduler_seam import Grid, Inspect, Plan, SeamScheduler, base_sc
 # The only lines that know a pipeline by name: the arguments that switch guidance off, where the usual ones do not, ...
 GUIDANCE_OFF = {
     "ZImagePipeline": {"guidance_scale": 0.0},
-    "AuraFlowPipeline": {"guidance_scale": 1.0},
-    "PixArtAlphaPipeline": {"guidance_scale": 1.0},
-    "PixArtSigmaPipeline": {"guidance_scale": 1.0},
+    "ZImageOmniPipeline": {"guidance_scale": 0.0},
+    "Krea2Pipeline": {"guidance_scale": 0.0},
 }
 # ... and the pipelines whose code takes one row a call.
 ONE_ROW = {"QwenImageEditPlusPipeline", "LTXImageToVideoPipeline", "HunyuanVideo15Pipeline"}
@@ -143,7 +142,9 @@ class Seam:
             return GUIDANCE_OFF[self.name]
         if "true_cfg_scale" in self.arguments:
             return {"true_cfg_scale": 1.0}
-        return {"guidance_scale": 1.0} if hasattr(type(self.pipe), "do_classifier_free_guidance") else {}
+        # A network that takes the guidance scale as an input (FLUX.1, FLUX.2) has no guidance to switch off.
+        distilled = any(getattr(module.config, "guidance_embeds", False) for module in denoisers(self.pipe).values())
+        return {} if distilled or "guidance_scale" not in self.arguments else {"guidance_scale": 1.0}
 
     def inspect(self, prompt: Prompt, call: Call) -> Facts:
         """Grid and shapes of ``prompt`` under ``call``; computed once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,18 +13,18 @@ from zoo import EXTRA, ZOO, Entry
 
 from mmrl import Prompt, Rollout, Samples
 from mmrl.errors import UserError
-from mmrl.seeding import derive_seed
-from pipelines import DiffusionPolicy, latents
+from mmrl.seeding import derive_seed, generator
+from pipelines import DiffusionPolicy, LoRA, latents
 from pipelines.scheduler_seam import Plan
 
 STEPS = 4
-WORKING_EXTRA = [
-    "Flux2",
-    "Flux2Klein",
-    "WanImageToVideo",
-    "WanTwoExperts",
-]
-REFUSED = {"StableAudio": "EDMDPMSolverMultistepScheduler"}
+REFUSED = {
+    "StableAudio": "EDMDPMSolverMultistepScheduler",
+    "FluxImg2Img": "strength",
+    "StableDiffusion3Img2Img": "strength",
+}
+NO_REPLAY = {"LTXImageToVideo": "prepares no latents of the recorded shape"}
+WORKING_EXTRA = [name for name in EXTRA if name not in REFUSED and name not in NO_REPLAY]
 
 
 @dataclass
@@ -190,6 +191,18 @@ def test_latents_of_pictures_are_those_the_pipeline_decodes(case: Case) -> None:
 
 
 @torch.no_grad()
+def test_fit_is_unguided_and_encodes_nothing_twice(case: Case) -> None:
+    """Guidance by a second prediction would show as twice the rows; repeated texts and pictures as more encodings."""
+    policy, count = case.policy, len(case.rollout)
+    policy.fit(case.rollout, list(range(count)))
+    before = dict(policy.counters)
+    policy.fit(case.rollout, list(range(count)))
+    assert policy.counters["network_rows"] - before["network_rows"] == count
+    assert policy.counters["prompts_encoded"] == before["prompts_encoded"] <= 2 * len(case.entry.prompts) + 2
+    assert policy.counters["images_encoded"] == len(case.entry.inputs)
+
+
+@torch.no_grad()
 def test_jump_to_x0(case: Case) -> None:
     jumped = case.policy.jump_to_x0(case.rollout, 1)
     assert media(jumped).shape == media(case.rollout.samples).shape
@@ -202,8 +215,38 @@ def test_backprop_through_the_last_step(case: Case) -> None:
     assert_useful(gradient_norm(case, media(samples).std()))
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_lora_trains_and_loads_in_plain_diffusers(name: str, tmp_path: Path) -> None:
+    entry = ZOO[name]()
+    prompts = [Prompt(text=entry.prompts[0], inputs=entry.inputs)]
+    policy = DiffusionPolicy(entry.pipe, num_steps=STEPS, call=entry.call, lora=LoRA(rank=2))
+    rollout = policy.rollout(prompts, group_size=2, seed=5)
+    policy.decisions(rollout).logp.mean().backward()
+    up = {key: p for key, p in policy.parameters.named.items() if "lora_B" in key}
+    assert sum(float(p.grad.norm()) for p in up.values() if p.grad is not None) > 0
+    with torch.no_grad():
+        for key, p in up.items():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator(5, key)))
+        changed = policy.decisions(rollout).logp
+        assert float((changed - rollout.logp).abs().max()) > 0
+        with policy.reference():
+            assert float((policy.decisions(rollout).logp - rollout.logp).abs().max()) == 0.0
+        policy.export(tmp_path)
+        fresh = ZOO[name]()
+        fresh.pipe.load_lora_weights(tmp_path)
+        loaded = DiffusionPolicy(fresh.pipe, num_steps=STEPS, call=fresh.call)
+        torch.testing.assert_close(media(loaded.generate(prompts, [1])), media(policy.generate(prompts, [1])))
+
+
 def test_extra_pipelines_replay_exactly(extra_case: Case) -> None:
     check_exact_replay(extra_case)
+
+
+@pytest.mark.parametrize("name", NO_REPLAY)
+def test_what_cannot_be_replayed_says_so(name: str) -> None:
+    case = make_case(EXTRA[name]())
+    with pytest.raises(UserError, match=NO_REPLAY[name]):
+        case.policy.decisions(case.rollout)
 
 
 @pytest.mark.parametrize("name", REFUSED)

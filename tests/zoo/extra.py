@@ -13,7 +13,7 @@ from zoo.text import WIDTH, set_random_weights
 from zoo.videos import wan_parts
 
 
-def flux2_parts() -> dict[str, Any]:
+def flux2_parts(guidance: bool = True) -> dict[str, Any]:
     return {
         "transformer": diffusers.Flux2Transformer2DModel(
             in_channels=16,
@@ -23,6 +23,7 @@ def flux2_parts() -> dict[str, Any]:
             num_attention_heads=2,
             joint_attention_dim=WIDTH,
             timestep_guidance_channels=32,
+            guidance_embeds=guidance,
             axes_dims_rope=(4, 4, 4, 4),
         ),
         "scheduler": flow(shift=3.0, use_dynamic_shifting=True),
@@ -52,7 +53,7 @@ def flux2() -> Entry:
 
 def flux2_klein() -> Entry:
     tokenizer, encoder = text.qwen3_text(head=True)
-    pipe = diffusers.Flux2KleinPipeline(**flux2_parts(), text_encoder=encoder, tokenizer=tokenizer)
+    pipe = diffusers.Flux2KleinPipeline(**flux2_parts(guidance=False), text_encoder=encoder, tokenizer=tokenizer)
     call = {
         "height": 16,
         "width": 16,
