@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 REWARDS: dict[str, tuple[str, str]] = {
     "aesthetic": ("rewards.aesthetic:Aesthetic", "how pleasing a picture is, 1 to 10: CLIP embedding and MLP head"),
     "clip": ("rewards.clip:ClipSimilarity", "cosine of picture and prompt in a CLIP model"),
+    "detection": ("rewards.detection:Detection", "objects, counts, colours and positions as in GenEval, by a detector"),
     "diversity": ("rewards.diversity:Diversity", "pixel distance of a picture to the others of its prompt"),
     "hpsv2": ("rewards.clip:HPSv2", "human preference score v2, an open_clip model"),
     "jpeg": ("rewards.jpeg:Jpeg", "size of the picture as JPEG, in kB: compressibility or incompressibility"),
+    "ocr": ("rewards.ocr:Ocr", "edit distance of the text in the picture to the text wanted"),
     "pickscore": ("rewards.clip:PickScore", "PickScore, a CLIP model of human preference"),
     "pixels": ("rewards.pixels:Pixels", "brightness, colour, saturation, contrast or sharpness"),
     "shapes": ("rewards.shapes:Shapes", "exact check of colour, shape, count and position in pictures of plain shapes"),
