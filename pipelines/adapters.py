@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmrl.errors import UserError
 from mmrl.policy import Parameters
@@ -98,12 +100,28 @@ def train_all(pipe: Any) -> Parameters:
 
 
 def enable_gradient_checkpointing(pipe: Any) -> None:
-    """Recompute activations of the denoisers and the VAE in the backward pass; UserError where the model cannot."""
-    for component, module in {**denoisers(pipe), "vae": getattr(pipe, "vae", None)}.items():
-        if getattr(module, "_supports_gradient_checkpointing", False):
-            module.enable_gradient_checkpointing()
-        elif component != "vae":
+    """Recompute activations of the denoisers' blocks and of the VAE in the backward pass.
+
+    The blocks are wrapped here because the switch of diffusers leads through other code: in 0.42 Chroma forgets its
+    text mask there, so that the ratio of a replay is not 1, and HunyuanImage fails.
+
+    Raises:
+        UserError: a denoiser has no lists of blocks.
+    """
+    for module in denoisers(pipe).values():
+        blocks = [block for part in module.children() if isinstance(part, nn.ModuleList) for block in part]
+        if not blocks:
             raise UserError(f"gradient_checkpointing: {type(module).__name__} does not support it; set it to false")
+        for block in blocks:
+            block.forward = functools.partial(_checkpointed, block.forward)
+    if getattr(getattr(pipe, "vae", None), "_supports_gradient_checkpointing", False):
+        pipe.vae.enable_gradient_checkpointing()
+
+
+def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 @contextlib.contextmanager
@@ -124,7 +142,7 @@ def export_lora(pipe: Any, folder: Path) -> None:
 
     A second denoiser (Wan 2.2) goes to the subfolder of its name, for
     ``pipe.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)``. A pipeline class without LoRA
-    loading gets files for ``pipe.transformer.load_lora_adapter(folder, prefix=None)``.
+    loading gets files for ``pipe.transformer.load_lora_adapter(folder, prefix=None, use_safetensors=True)``.
     """
     from peft import get_peft_model_state_dict
 

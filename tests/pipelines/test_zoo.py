@@ -29,6 +29,7 @@ WORKING_EXTRA = [name for name in EXTRA if name not in REFUSED and name not in N
 
 @dataclass
 class Case:
+    name: str
     entry: Entry
     policy: DiffusionPolicy
     rollout: Rollout
@@ -38,20 +39,21 @@ class Case:
         return self.rollout.logp.shape[1]
 
 
-def make_case(entry: Entry) -> Case:
+def make_case(name: str) -> Case:
+    entry = {**ZOO, **EXTRA}[name]()
     policy = DiffusionPolicy(entry.pipe, num_steps=STEPS, call=entry.call, batch_size=4)
     prompts = [Prompt(text=text, id=text, inputs=entry.inputs) for text in entry.prompts]
-    return Case(entry, policy, policy.rollout(prompts, group_size=2, seed=7))
+    return Case(name, entry, policy, policy.rollout(prompts, group_size=2, seed=7))
 
 
 @pytest.fixture(scope="module", params=list(ZOO))
 def case(request: pytest.FixtureRequest) -> Case:
-    return make_case(ZOO[request.param]())
+    return make_case(request.param)
 
 
 @pytest.fixture(scope="module", params=WORKING_EXTRA)
 def extra_case(request: pytest.FixtureRequest) -> Case:
-    return make_case(EXTRA[request.param]())
+    return make_case(request.param)
 
 
 def media(samples: Samples) -> torch.Tensor:
@@ -139,6 +141,18 @@ def test_bf16_autocast_replays_within_a_thousandth(case: Case) -> None:
     assert replay.logp.dtype == torch.float32
     assert float((replay.logp - rollout.logp).abs().max().detach()) < 1e-3
     assert_useful(gradient_norm(case, replay.logp.mean()))
+
+
+def test_gradient_checkpointing_changes_nothing(case: Case) -> None:
+    fresh = ZOO[case.name]()
+    policy = DiffusionPolicy(fresh.pipe, STEPS, call=fresh.call, batch_size=4, gradient_checkpointing=True)
+    gradients = []
+    for chosen in (case.policy, policy):
+        replay = chosen.decisions(case.rollout, [1])
+        assert float((replay.logp[:, 0] - case.rollout.logp[:, 1]).abs().max().detach()) == 0.0
+        chosen_gradients = torch.autograd.grad(replay.logp.sum(), list(chosen.parameters), allow_unused=True)
+        gradients.append(torch.cat([g.flatten() for g in chosen_gradients if g is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_fit_has_gradient(case: Case) -> None:
@@ -244,7 +258,7 @@ def test_extra_pipelines_replay_exactly(extra_case: Case) -> None:
 
 @pytest.mark.parametrize("name", NO_REPLAY)
 def test_what_cannot_be_replayed_says_so(name: str) -> None:
-    case = make_case(EXTRA[name]())
+    case = make_case(name)
     with pytest.raises(UserError, match=NO_REPLAY[name]):
         case.policy.decisions(case.rollout)
 

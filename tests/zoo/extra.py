@@ -138,6 +138,7 @@ def hunyuan_image() -> Entry:
         guider=diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=2),
         ocr_guider=diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=3),
     )
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 64, 16
     return finish(pipe, call={"height": 16, "width": 16})
 
 
@@ -176,6 +177,8 @@ def hunyuan_video_15() -> Entry:
         tokenizer_2=tokenizer_2,
         guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
     )
+    pipe.system_message, pipe.prompt_template_encode_start_idx = "Describe the video", 8
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 64, 16
     return finish(pipe, call={"height": 16, "width": 16, "num_frames": 5})
 
 
