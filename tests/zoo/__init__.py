@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from zoo import extra, images, videos
+from zoo import extra_images, extra_videos, images, videos
 from zoo.parts import Entry
 
 __all__ = ["EXTRA", "ZOO", "Entry"]
@@ -34,18 +34,23 @@ ZOO: dict[str, Callable[[], Entry]] = {
 }
 
 EXTRA: dict[str, Callable[[], Entry]] = {
-    "Flux2": extra.flux2,
-    "Flux2Klein": extra.flux2_klein,
-    "FluxImg2Img": extra.flux_img2img,
-    "StableDiffusion3Img2Img": extra.stable_diffusion_3_img2img,
-    "QwenImageEditPlus": extra.qwen_image_edit_plus,
-    "HunyuanImage": extra.hunyuan_image,
-    "HunyuanVideo15": extra.hunyuan_video_15,
-    "Mochi": extra.mochi,
-    "CogVideoX": extra.cogvideox,
-    "WanTwoExperts": extra.wan_two_experts,
-    "WanImageToVideo": extra.wan_image_to_video,
-    "LTXImageToVideo": extra.ltx_image_to_video,
-    "PixArtSigma": extra.pixart_sigma,
-    "StableAudio": extra.stable_audio,
+    "Flux2": extra_images.flux2,
+    "Flux2Klein": extra_images.flux2_klein,
+    "FluxImg2Img": extra_images.flux_img2img,
+    "StableDiffusion3Img2Img": extra_images.stable_diffusion_3_img2img,
+    "QwenImageEditPlus": extra_images.qwen_image_edit_plus,
+    "HunyuanImage": extra_images.hunyuan_image,
+    "OvisImage": extra_images.ovis_image,
+    "CogView3Plus": extra_images.cogview3_plus,
+    "HunyuanVideo15": extra_videos.hunyuan_video_15,
+    "Mochi": extra_videos.mochi,
+    "CogVideoX": extra_videos.cogvideox,
+    "WanTwoExperts": extra_videos.wan_two_experts,
+    "WanImageToVideo": extra_videos.wan_image_to_video,
+    "LTXImageToVideo": extra_videos.ltx_image_to_video,
+    "SanaVideo": extra_videos.sana_video,
+    "SkyReelsV2": extra_videos.skyreels_v2,
+    "LatentConsistency": extra_images.latent_consistency,
+    "PixArtSigma": extra_images.pixart_sigma,
+    "StableAudio": extra_images.stable_audio,
 }

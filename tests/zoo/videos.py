@@ -56,6 +56,18 @@ def hunyuan_video() -> Entry:
     )
 
 
+def wan_vae() -> diffusers.AutoencoderKLWan:
+    return diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+
+
 def wan_parts(in_channels: int = 4, image_dim: int | None = None) -> dict[str, Any]:
     tokenizer, encoder = text.t5_text(multilingual=True)
     return {
@@ -74,15 +86,7 @@ def wan_parts(in_channels: int = 4, image_dim: int | None = None) -> dict[str, A
         "scheduler": diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
         ),
-        "vae": diffusers.AutoencoderKLWan(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
-        ),
+        "vae": wan_vae(),
         "text_encoder": encoder,
         "tokenizer": tokenizer,
     }
