@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mmrl.errors import UserError
 from rewards.preprocess import Preprocess, from_open_clip, from_transformers
-from rewards.weights import find_file, first_line
+from rewards.weights import find_file, find_model, first_line
 
 Backend = Literal["transformers", "open_clip"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -187,6 +187,7 @@ def load_encoder(
     Raises:
         UserError: see the two classes; also an option that is for the other backend.
     """
+    model, processor = find_model(model), processor and find_model(processor)
     key = (model, backend, checkpoint, processor, dtype, device, resize)
     encoder = _loaded.get(key)
     if encoder is None:

@@ -9,10 +9,27 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mmrl.errors import UserError
+from mmrl.errors import UserError, nearest
+
+BUILTIN = Path(__file__).parent / "quickstart"
 
 # What the two readers raise for a file that is not theirs; the weights-only one trips anywhere in the bytes.
 _UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AssertionError)
+
+
+def find_model(place: str) -> str:
+    """``builtin:NAME`` as the folder of the model shipped with this package; anything else as it is.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not place.startswith("builtin:"):
+        return place
+    name = place.removeprefix("builtin:")
+    names = sorted(path.parent.name for path in BUILTIN.glob("*/config.json"))
+    if name not in names:
+        raise UserError(f"model '{place}' is not shipped with this package{nearest(name, names)}")
+    return str(BUILTIN / name)
 
 
 def find_file(place: str, option: str) -> Path:
