@@ -2,8 +2,8 @@
 
     python -m pipelines.quickstart.image_base OUT_DIR
 
-makes the components, trains the autoencoder on drawn scenes, trains the denoiser with the ``sft`` algorithm
-(``configs/quickstart/pretrain_image.yaml``) and writes the folder. No held-out request is in its data. About a quarter
+trains the autoencoder on drawn scenes and the text encoders on captions, then the denoiser with the ``sft`` algorithm
+(``configs/quickstart/pretrain_image.yaml``), and writes the folder. No held-out request is in its data. About a quarter
 of an hour on two cores.
 """
 
@@ -23,8 +23,9 @@ from torch import nn
 from mmrl.seeding import derive_seed, generator
 from mmrl.types import Prompt
 from mmrl.world import draw, place
-from mmrl.world.captions import vocabulary
+from mmrl.world.captions import TASKS, Target, all_targets, caption, is_held_out, vocabulary
 from mmrl.world.prompts import read
+from mmrl.world.scenes import COLOURS, OPPOSITE, SHAPES
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -36,10 +37,15 @@ LATENT_CHANNELS = 8
 WIDTH = 128
 LAYERS = 4
 TEXT_WIDTH = 64
-MAX_TOKENS = 12
-T5_LENGTH = 12
+MAX_TOKENS = 10
+T5_LENGTH = 10
+VAE_STEPS = 1500
+TEXT_STEPS = 500
 CAPTIONS = Path(__file__).parents[2] / "configs" / "quickstart" / "shapes_train.jsonl"
 CONFIG = CAPTIONS.with_name("pretrain_image.yaml")
+
+Report = Callable[[int, dict[str, float]], None]
+"""Called with the number of a step that was made and its losses."""
 
 
 def pretraining_prompts(
@@ -90,16 +96,16 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """A random two-layer CLIP text model; the pipeline reads its first layer and its pooled output."""
+    """A small CLIP text model, untrained; the pipeline reads the last layer but one and the pooled output."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    encoder = CLIPTextModelWithProjection(
+    return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=TEXT_WIDTH,
             intermediate_size=2 * TEXT_WIDTH,
             projection_dim=TEXT_WIDTH,
-            num_hidden_layers=2,
+            num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=MAX_TOKENS,
             bos_token_id=tokenizer.bos_token_id,
@@ -107,10 +113,60 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    # CLIP's tiny initial embeddings would drown in what attention adds; these keep word and place apart in the sum.
-    embeddings = encoder.text_model.embeddings
-    nn.init.normal_(embeddings.token_embedding.weight, std=1.0)
-    nn.init.normal_(embeddings.position_embedding.weight, std=0.5)
+
+
+def meaning(target: Target) -> list[int]:
+    """What a caption says, as class numbers: how many, how arranged, and colour and shape of two objects (0 for none).
+
+    The objects of a relation come left before right and top before bottom, whichever way it was told.
+    """
+    objects = target["objects"]
+    first, arrangement, second = target["relation"] or (0, "none", min(1, len(objects) - 1))
+    if arrangement in ("right of", "below"):
+        first, arrangement, second = second, OPPOSITE[arrangement], first
+    numbers = [len(objects) - 1, ("none", "left of", "above").index(arrangement)]
+    for k in (first, second) if len(objects) > 1 else (0, None):
+        kind = None if k is None else objects[k]
+        numbers.append(0 if kind is None else 1 + list(COLOURS).index(kind["colour"]))
+        numbers.append(0 if kind is None else 1 + SHAPES.index(kind["shape"]))
+    return numbers
+
+
+MEANING_CLASSES = (3, 3, 1 + len(COLOURS), 1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SHAPES))
+
+
+def train_text_encoder(
+    tokenizer: CLIPTokenizer, seed: int, name: str, steps: int, report: Report
+) -> CLIPTextModelWithProjection:
+    """Train a CLIP text model so that what a caption means can be read off linearly, where the pipeline reads it.
+
+    That is: off the pooled output and, in the last layer but one, off the token at the caption's end.
+    """
+    torch.manual_seed(derive_seed(seed, name))
+    encoder = build_text_encoder(tokenizer)
+    heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, sum(MEANING_CLASSES)) for _ in range(2))
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
+    choices = {task: [t for t in all_targets(task) if not is_held_out(t)] for task in TASKS}
+    rng = np.random.default_rng(derive_seed(seed, name, "captions"))
+    for step in range(steps):
+        targets = [choices[task][rng.integers(len(choices[task]))] for task in rng.choice(TASKS, size=128)]
+        ids = tokenizer([caption(t, rng) for t in targets], padding="max_length", return_tensors="pt").input_ids
+        output = encoder(ids, output_hidden_states=True)
+        ends = (ids == tokenizer.eos_token_id).int().argmax(1)
+        at_end = output.hidden_states[-2][torch.arange(len(ids)), ends]
+        right = torch.tensor([meaning(t) for t in targets])
+        loss = torch.zeros(())
+        for head, vectors in zip(heads, (output.text_embeds, at_end), strict=True):
+            for number, logits in enumerate(head(vectors).split(MEANING_CLASSES, dim=1)):
+                loss = loss + nn.functional.cross_entropy(logits, right[:, number]) / (2 * len(MEANING_CLASSES))
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        report(step, {"error": loss.item()})
     return encoder.eval().requires_grad_(False)
 
 
@@ -170,7 +226,7 @@ def build_transformer() -> SD3Transformer2DModel:
     )
 
 
-def train_vae(seed: int, steps: int, report: Callable[[int, dict[str, float]], None]) -> AutoencoderKL:
+def train_vae(seed: int, steps: int, report: Report) -> AutoencoderKL:
     """Train an autoencoder on drawn scenes and set its scaling and shift so that latents have mean 0 and std 1.
 
     ``report(step, losses)`` is called after every step.
@@ -217,19 +273,21 @@ def train_vae(seed: int, steps: int, report: Callable[[int, dict[str, float]], N
     return vae
 
 
-def assemble(vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:
-    """The pipeline with an untrained denoiser; the two CLIP text encoders differ in their random weights."""
+def assemble(
+    vae: AutoencoderKL, encoders: Sequence[CLIPTextModelWithProjection], seed: int
+) -> StableDiffusion3Pipeline:
+    """The pipeline with an untrained denoiser, from an autoencoder and the two CLIP text models."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     torch.manual_seed(derive_seed(seed, "components"))
-    tokenizer, t5_tokenizer = build_tokenizer(), build_t5_tokenizer()
+    t5_tokenizer = build_t5_tokenizer()
     return StableDiffusion3Pipeline(
         transformer=build_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
-        text_encoder=build_text_encoder(tokenizer),
-        tokenizer=tokenizer,
-        text_encoder_2=build_text_encoder(tokenizer),
+        text_encoder=encoders[0],
+        tokenizer=build_tokenizer(),
+        text_encoder_2=encoders[1],
         tokenizer_2=build_tokenizer(),
         text_encoder_3=build_t5_encoder(t5_tokenizer),
         tokenizer_3=t5_tokenizer,
@@ -247,8 +305,11 @@ def write(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     pipe.save_pretrained(folder, max_shard_size="3MB")
 
 
-def main(out: Path, seed: int = 0, vae_steps: int = 1500, overrides: Sequence[str] = ()) -> None:
-    """Build and train everything and write it to ``out``; the run itself stays in ``out`` + ``-run``."""
+def main(out: Path, seed: int = 0, overrides: Sequence[str] = ()) -> None:
+    """Build and train everything and write it to ``out``; the training run stays in ``out`` + ``-run``.
+
+    ``overrides`` are of the config, as on the command line of ``mmrl train``.
+    """
     from diffusers import DiffusionPipeline
     from rich.progress import Progress
 
@@ -257,9 +318,17 @@ def main(out: Path, seed: int = 0, vae_steps: int = 1500, overrides: Sequence[st
 
     run = out.with_name(out.name + "-run")
     with Progress() as progress:
-        task = progress.add_task("autoencoder", total=vae_steps)
-        vae = train_vae(seed, vae_steps, lambda step, losses: progress.update(task, completed=step + 1))
-    assemble(vae, seed).save_pretrained(run / "start")
+
+        def bar(name: str, steps: int) -> Report:
+            task = progress.add_task(name, total=steps)
+            return lambda step, losses: progress.update(task, completed=step + 1)
+
+        vae = train_vae(seed, VAE_STEPS, bar("autoencoder", VAE_STEPS))
+        encoders = [
+            train_text_encoder(build_tokenizer(), seed, name, TEXT_STEPS, bar(name, TEXT_STEPS))
+            for name in ("text_encoder", "text_encoder_2")
+        ]
+    assemble(vae, encoders, seed).save_pretrained(run / "start")
     config = load_config(CONFIG, [f"pipeline.model={run / 'start'}", f"run_dir={run}", f"seed={seed}", *overrides])
     summary = train(config)
     write(DiffusionPipeline.from_pretrained(summary["model"]), out)
