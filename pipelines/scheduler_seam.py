@@ -291,6 +291,7 @@ class SeamScheduler:
     def __init__(self, base: Any, plan: Plan):
         self.base = base
         self.plan = plan
+        self.state_dtype: torch.dtype | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
@@ -327,10 +328,14 @@ class SeamScheduler:
         return sample
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:
-        """One step of the plan, in float32; the state keeps the precision in which the pipeline holds it."""
+        """One step of the plan, in float32; the state keeps the precision in which the pipeline prepared it.
+
+        That need not be the precision handed over here: Mochi casts up before the step and down again after it.
+        """
         index = self._indices[self._position]
         self._position += 1
-        x_next = self.plan.take(index, sample.float(), model_output.float(), sample.dtype).to(sample.dtype)
+        dtype = self.state_dtype or sample.dtype
+        x_next = self.plan.take(index, sample.float(), model_output.float(), dtype).to(dtype).to(sample.dtype)
         if self.plan.grad_from == index + 1:
             torch.set_grad_enabled(True)
         return SimpleNamespace(prev_sample=x_next) if return_dict else (x_next,)

@@ -219,8 +219,8 @@ class Seam:
         # Written past __setattr__, which would record the stand-in in the pipeline's config.
         own = vars(self.pipe)
         scheduler = own["scheduler"]
-        own["scheduler"] = SeamScheduler(self.base, plan)
-        own["prepare_latents"] = self._prepare_latents(self.pipe.prepare_latents, x, seen)
+        own["scheduler"] = stand_in = SeamScheduler(self.base, plan)
+        own["prepare_latents"] = self._prepare_latents(self.pipe.prepare_latents, x, seen, stand_in)
         if self.encoding is not None:
             own["encode_prompt"] = self._encode_prompt(self.pipe.encode_prompt, count, seen)
         vae = getattr(self.pipe, "vae", None)
@@ -240,11 +240,14 @@ class Seam:
             self._run_device = (here, self.pipe._execution_device)
         return self._run_device[1]
 
-    def _prepare_latents(self, original: Callable, x: Tensor | None, seen: dict[str, Any] | None) -> Callable:
+    def _prepare_latents(
+        self, original: Callable, x: Tensor | None, seen: dict[str, Any] | None, scheduler: SeamScheduler
+    ) -> Callable:
         def prepare_latents(*args: Any, **kwargs: Any) -> Any:
             with torch.no_grad():
                 result = original(*args, **kwargs)
             parts = list(result) if isinstance(result, tuple) else [result]
+            scheduler.state_dtype = parts[0].dtype
             if seen is not None:
                 seen["latents"] = parts[0]
             if x is not None:

@@ -230,6 +230,20 @@ def test_backprop_through_the_last_step(case: Case) -> None:
     assert_useful(gradient_norm(case, media(samples).std()))
 
 
+@pytest.mark.parametrize("name", [*ZOO, *WORKING_EXTRA])
+def test_bf16_weights_replay_exactly(name: str) -> None:
+    """The usual way to train a large model: bf16 weights and activations, autocast, checkpointing."""
+    entry = {**ZOO, **EXTRA}[name]()
+    entry.pipe.to(dtype=torch.bfloat16)
+    policy = DiffusionPolicy(entry.pipe, num_steps=STEPS, call=entry.call, gradient_checkpointing=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        rollout = policy.rollout([Prompt(text=entry.prompts[0], inputs=entry.inputs)], group_size=2, seed=9)
+        replay = policy.decisions(rollout, [0, 1])
+    assert float((replay.logp - rollout.logp[:, :2]).abs().max().detach()) == 0.0
+    replay.logp.mean().backward()
+    assert_useful(sum(float(p.grad.float().norm()) for p in policy.parameters if p.grad is not None))
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_lora_trains_and_loads_in_plain_diffusers(name: str, tmp_path: Path) -> None:
     entry = ZOO[name]()
