@@ -144,3 +144,8 @@ class Decisions:
     std: Tensor | None = None
     dt: Tensor | None = None
     entropy: Tensor | None = None
+
+    def columns(self, columns: Sequence[int]) -> Decisions:
+        """Some of the decisions, in the order given."""
+        present = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Decisions(**{name: None if x is None else x[:, list(columns)] for name, x in present.items()})

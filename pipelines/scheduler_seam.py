@@ -7,6 +7,7 @@ inside; for DDPM-type schedulers (PNDM, Euler, ...) it is that of a DDIM schedul
 
 from __future__ import annotations
 
+import abc
 import copy
 import inspect
 import math
@@ -138,7 +139,7 @@ class DiffusionGrid:
 Grid = FlowGrid | DiffusionGrid
 
 
-class Plan:
+class Plan(abc.ABC):
     """What one run of a pipeline does; subclasses collect their results on themselves."""
 
     grid: Grid
@@ -151,19 +152,19 @@ class Plan:
         return grid.timesteps[steps], steps
 
     def steps(self, total: int) -> list[int]:
-        """Indices to run, out of ``range(total)``."""
-        raise NotImplementedError
+        """Indices to run, out of ``range(total)``; none unless a subclass says so."""
+        return []
 
+    @abc.abstractmethod
     def take(self, index: int, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
         """Where the pipeline continues from, after step ``index`` at float32 ``x``; it will be rounded to ``dtype``."""
-        raise NotImplementedError
 
 
 class Inspect(Plan):
     """Runs no step: the pipeline encodes its text, prepares its latents and its grid, and ends."""
 
-    def steps(self, total: int) -> list[int]:
-        return []
+    def take(self, index: int, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
+        return x
 
 
 @dataclass

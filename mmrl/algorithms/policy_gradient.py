@@ -15,6 +15,7 @@ from mmrl.advantages import AdvantageMethod, decoupled_advantages, group_advanta
 from mmrl.algorithms.base import Context, Update
 from mmrl.algorithms.collecting import roll_out, row_chunks, score, split_groups
 from mmrl.errors import UserError
+from mmrl.policy import Policy
 from mmrl.scoring import Scores
 from mmrl.types import Decisions, Prompt, Rollout
 
@@ -29,11 +30,27 @@ class Experience:
     advantage: Tensor
 
 
+class ReferenceScores:
+    """All decisions of some rows under the reference: one call of the policy for the micro-batches that share them."""
+
+    def __init__(self, rollout: Rollout):
+        self.rollout = rollout
+        self._decisions: Decisions | None = None
+
+    def columns(self, policy: Policy, columns: list[int]) -> Decisions:
+        """The decisions ``columns``, without gradient."""
+        if self._decisions is None:
+            with torch.no_grad(), policy.reference():
+                self._decisions = policy.decisions(self.rollout)
+        return self._decisions.columns(columns)
+
+
 @dataclass
 class MicroBatch:
     """Some rows and some decisions (``columns``) of a rollout with their weights ``[n, t]`` in the update's loss."""
 
     rollout: Rollout
+    reference: ReferenceScores
     advantage: Tensor
     weight: Tensor
     columns: list[int]
@@ -156,12 +173,13 @@ class PolicyGradient:
     ) -> Iterator[MicroBatch]:
         for rows in row_chunks(len(rollout), context.micro_batch_size):
             part = rollout[rows]
+            reference = ReferenceScores(part)
             # A sequence ratio needs all decisions of a sample at once.
             chunks = (
                 [list(range(weight.shape[1]))] if self.objective == "gspo" else context.policy.decision_chunks(part)
             )
             for columns in chunks:
-                yield MicroBatch(part, advantage[rows], weight[rows][:, columns], columns, first)
+                yield MicroBatch(part, reference, advantage[rows], weight[rows][:, columns], columns, first)
 
     def loss(self, context: Context, micro_batch: MicroBatch) -> Tensor:
         rollout, columns = micro_batch.rollout, micro_batch.columns
@@ -214,8 +232,7 @@ class PolicyGradient:
         return (loss / decisions.dt if self.objective == "guard" else loss), ratio
 
     def _reference_kl(self, context: Context, micro_batch: MicroBatch, decisions: Decisions) -> Tensor:
-        with torch.no_grad(), context.policy.reference():
-            reference = context.policy.decisions(micro_batch.rollout, micro_batch.columns)
+        reference = micro_batch.reference.columns(context.policy, micro_batch.columns)
         if self.kl in ("k1", "k2", "k3"):
             return losses.sampled_kl(decisions.logp, reference.logp, self.kl)
         exact = losses.gaussian_kl(decisions.mean, reference.mean, decisions.std)

@@ -40,7 +40,7 @@ TEXT_WIDTH = 64
 MAX_TOKENS = 10
 T5_LENGTH = 10
 VAE_STEPS = 1500
-TEXT_STEPS = 500
+TEXT_STEPS = 600
 CAPTIONS = Path(__file__).parents[2] / "configs" / "quickstart" / "shapes_train.jsonl"
 CONFIG = CAPTIONS.with_name("pretrain_image.yaml")
 
@@ -49,8 +49,9 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 def pretraining_prompts(
-    pictures: Annotated[int, Field(ge=1)] = 12_000,
+    pictures: Annotated[int, Field(ge=1)] = 16_000,
     untold: Annotated[float, Field(ge=0, lt=1)] = 0.08,
+    mistold: Annotated[float, Field(ge=0, lt=1)] = 0.3,
     long: Annotated[float, Field(ge=0, lt=1)] = 0.12,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> Iterator[Prompt]:
@@ -59,6 +60,8 @@ def pretraining_prompts(
     Args:
         pictures: how many in all.
         untold: share of the pictures whose caption is withheld, for classifier-free guidance.
+        mistold: share of the other captions that tell of another picture, as captions gathered from the web do. The
+            model learns to draw well and to listen badly, which is what reinforcement learning is there to mend.
         long: share of the captions whose text is padded with 64 more tokens, so that the denoiser learns to overlook
             padding: a plain call of the pipeline pads to 256.
         seed: of places, sizes and shares.
@@ -71,6 +74,8 @@ def pretraining_prompts(
         row = rows[number]
         picture = draw([place(row.target, rng)], SIDE)[0]
         text = "" if rng.random() < untold else row.text
+        if text and rng.random() < mistold:
+            text = rows[rng.integers(len(rows))].text
         inputs = {"max_sequence_length": T5_LENGTH + 64} if text and number < long * len(rows) else {}
         yield Prompt(text=text, id=f"picture-{k}", target=picture, task=row.task, inputs=inputs)
 
