@@ -83,6 +83,7 @@ def test_paths_are_found_beside_the_config_then_in_the_working_directory(tmp_pat
     beside, working = tmp_path / "beside", tmp_path / "working"
     for folder in (beside, working):
         (folder / "models" / "tiny").mkdir(parents=True)
+        (folder / "models" / "tiny" / "model_index.json").write_text("{}")
     (beside / "p.txt").write_text("a cat")
     (working / "q.txt").write_text("a dog")
     monkeypatch.chdir(working)
