@@ -98,5 +98,5 @@ def test_errors_say_what_does_not_fit(tmp_path):
     with pytest.raises(UserError, match="does not fit this configuration"):
         checkpoints.load(saved, other)
     (saved / "policy.safetensors").unlink()
-    with pytest.raises(UserError, match="policy.safetensors"):
+    with pytest.raises(UserError, match=r"policy\.safetensors"):
         checkpoints.load(saved, parameters)

@@ -38,5 +38,5 @@ def test_unknown_names_are_refused():
     parameters = [nn.Parameter(torch.zeros(1))]
     with pytest.raises(UserError, match="did you mean 'AdamW'"):
         build_optimizer("AdamWW", parameters, 1e-3, {})
-    with pytest.raises(UserError, match="weight_dekay.*weight_decay"):
+    with pytest.raises(UserError, match=r"weight_dekay.*weight_decay"):
         build_optimizer("AdamW", parameters, 1e-3, {"weight_dekay": 0.1})

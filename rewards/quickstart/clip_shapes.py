@@ -27,8 +27,17 @@ from torch.nn import functional as F
 
 from mmrl.seeding import derive_seed, generator
 from mmrl.world import detect
-from mmrl.world.captions import KINDS, TASKS, Target, all_targets, caption, is_held_out, vocabulary
-from mmrl.world.scenes import COLOURS, SHAPES
+from mmrl.world.captions import (
+    ASKED_COLOURS,
+    ASKED_SHAPES,
+    KINDS,
+    TASKS,
+    Target,
+    all_targets,
+    caption,
+    is_held_out,
+    vocabulary,
+)
 from mmrl.world.verify import judge
 from rewards.quickstart.flawed_pictures import flawed
 
@@ -70,7 +79,7 @@ def marks_of(pictures: Tensor, targets: list[Target]) -> Tensor:
 
 def random_batch(rng: np.random.Generator) -> Batch:
     """Training targets about five kinds of objects, two colours and two shapes and one more, and flawed pictures."""
-    colours, shapes = rng.choice(list(COLOURS), 2, replace=False), rng.choice(SHAPES, 2, replace=False)
+    colours, shapes = rng.choice(ASKED_COLOURS, 2, replace=False), rng.choice(ASKED_SHAPES, 2, replace=False)
     kinds = [{"colour": str(c), "shape": str(s)} for c in colours for s in shapes]
     kinds.append(KINDS[rng.integers(len(KINDS))])
     targets: list[Target] = []
