@@ -166,7 +166,7 @@ def test_relations_exclude_each_other():
 def test_held_out_is_a_fixed_part_and_blind_to_wording():
     for task in TASKS[1:]:
         share = np.mean([is_held_out(t) for t in all_targets(task)])
-        assert 0.05 < share < 0.2
+        assert 0.1 < share < 0.26  # 18% of the hash's range; a task has only some hundred targets
     a, b = single()["objects"][0], single("blue", "circle")["objects"][0]
     for relation, opposite in OPPOSITE.items():
         told, turned = ({"objects": o, "relation": [0, r, 1]} for o, r in (([a, b], relation), ([b, a], opposite)))
