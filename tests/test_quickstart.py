@@ -4,6 +4,7 @@ The full runs, three seeds each, are in benchmarks/RESULTS.md; margins here are 
 was seen to gain, so that a broken gradient fails and a different seed does not.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,14 +41,15 @@ def test_flow_grpo_learns(tmp_path):
 
 
 @pytest.mark.slow
-def test_online_dpo_learns(tmp_path):
-    before, after = learn("image_dpo.yaml", tmp_path, 20)
-    assert after["shapes/mean"] > before["shapes/mean"] + 0.02
-    assert after["diversity/mean"] > 0.7 * before["diversity/mean"]
+def test_online_dpo_tells_fresh_pairs_apart(tmp_path):
+    """Pairs are new at every step, so ranking them right more often than by chance is held-out evidence."""
+    learn("image_dpo.yaml", tmp_path, 12, "eval.limit=4")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    accuracy = [line["pairs/accuracy"] for line in lines if "pairs/accuracy" in line]
+    assert sum(accuracy[2:]) / len(accuracy[2:]) > 0.53
 
 
 @pytest.mark.slow
-def test_draft_learns(tmp_path):
-    before, after = learn("image_draft.yaml", tmp_path, 20)
-    assert after["shapes/mean"] > before["shapes/mean"] + 0.02
-    assert after["diversity/mean"] > 0.7 * before["diversity/mean"]
+def test_draft_raises_its_reward_on_held_out_prompts(tmp_path):
+    before, after = learn("image_draft.yaml", tmp_path, 20, "eval.rewards=[{type: clip, model: 'builtin:clip-shapes'}]")
+    assert after["clip/mean"] > before["clip/mean"] + 0.03
