@@ -20,12 +20,15 @@ class Policy(Protocol):
 
     Attributes:
         verbs: which of the methods below work for this policy: "rollout", "decisions", "fit", "generate"; and
-            "means", when its decisions are Gaussians whose means a rollout keeps once ``keep_mean`` is set.
+            "means", when its decisions are Gaussians whose means a rollout keeps once ``keep_mean`` is set;
+            "entropy", when ``decisions`` can give the entropy of categorical decisions (once ``keep_entropy`` is set);
+            "values", when it has a value head, and rollouts and decisions carry ``value``.
         parameters: what trains.
         counters: work done so far (forwards, prompts encoded...), for tests and reports.
         batch_size: samples per network call; updates use the same, so that a replay sees the same batch shapes.
         has_frozen_base: the reference is at hand without a copy, because adapters can be switched off.
         keep_mean: whether rollouts record the means of Gaussian decisions.
+        keep_entropy: whether ``decisions`` also gives entropies; only policies that offer them have it.
     """
 
     verbs: frozenset[str]

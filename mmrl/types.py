@@ -21,6 +21,9 @@ class Prompt:
         text: the instruction or caption.
         id: stable name of the row, e.g. ``"prompts.jsonl:12"``; seeds and error messages use it.
         images: condition images (paths, PIL images or tensors), as the pipeline at hand takes them.
+        videos: clips, each a path or a sequence of frames.
+        messages: a conversation in the chat format of transformers instead of ``text``; its image and video parts stand
+            for ``images`` and ``videos`` in order, unless they bring their own.
         target: ground truth for rewards and for supervised training (an answer, boxes, a picture...).
         task: tag by which rewards can be routed.
         inputs: extra keyword arguments for the generating call of this prompt alone (an image to edit, embeddings).
@@ -30,6 +33,8 @@ class Prompt:
     text: str = ""
     id: str = ""
     images: Sequence[Any] = ()
+    videos: Sequence[Any] = ()
+    messages: Sequence[Mapping[str, Any]] = ()
     target: Any = None
     task: str = ""
     inputs: Mapping[str, Any] = field(default_factory=dict)
@@ -87,6 +92,9 @@ class Samples(Rows):
         videos: ``[N, F, 3, H, W]`` in [0, 1].
         episodes: N episode records.
         truncated: bool ``[N]``, set where the output was cut by a length or time limit.
+        lengths: long ``[N]``, tokens (or environment steps) of each output.
+        sizes: per sample the (height, width) of its prompt's pictures as the model saw them; boxes that are given in
+            pixels of the processed picture are relative to these.
         group: long ``[N]``, which prompt of the batch each sample answers; group-wise rewards use it.
     """
 
@@ -96,6 +104,8 @@ class Samples(Rows):
     videos: Tensor | None = None
     episodes: list[Any] | None = None
     truncated: Tensor | None = None
+    lengths: Tensor | None = None
+    sizes: list[list[tuple[int, int]]] | None = None
     group: Tensor | None = None
 
     def __len__(self) -> int:
@@ -113,6 +123,7 @@ class Rollout(Rows):
         group: long ``[N]``, index of the prompt in the batch.
         trace: the policy's private record to replay from; indexes and joins like the rollout itself.
         mean: means ``[N, T, ...]`` of Gaussian decisions under the behaviour policy, kept only when asked for.
+        value: ``[N, T]`` predicted return at each decision, from a policy with a value head.
     """
 
     samples: Samples
@@ -121,6 +132,7 @@ class Rollout(Rows):
     group: Tensor
     trace: Any = None
     mean: Tensor | None = None
+    value: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -135,7 +147,8 @@ class Decisions:
         action, mean: ``[N, t, ...]`` recorded outcome and current mean, for Gaussian decisions.
         std: ``[N, t]`` standard deviation of one element, for Gaussian decisions.
         dt: ``[N, t]`` size of the time step (positive), for denoising steps.
-        entropy: ``[N, t]``, for categorical decisions.
+        entropy: ``[N, t]``, for categorical decisions, when ``policy.keep_entropy`` is set.
+        value: ``[N, t]`` predicted return with gradient, from a policy with a value head.
     """
 
     logp: Tensor
@@ -144,6 +157,7 @@ class Decisions:
     std: Tensor | None = None
     dt: Tensor | None = None
     entropy: Tensor | None = None
+    value: Tensor | None = None
 
     def columns(self, columns: Sequence[int]) -> Decisions:
         """Some of the decisions, in the order given."""
