@@ -1,0 +1,25 @@
+"""Tiny random instances of real vision-language models with their real processors, built offline in a second.
+
+Every model, tokenizer, image and video processor is the class that the released model uses; only sizes, vocabulary and
+weights differ. Models are float32 and in evaluation mode; the same family and seed give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from zoo.vlms import qwen
+
+__all__ = ["VLM_FAMILIES", "build_vlm"]
+
+BUILDERS: dict[str, Callable[[int], tuple[Any, Any]]] = {
+    "qwen2_5_vl": qwen.qwen2_5_vl,
+}
+
+VLM_FAMILIES: tuple[str, ...] = tuple(BUILDERS)
+
+
+def build_vlm(family: str, seed: int = 0) -> tuple[Any, Any]:
+    """``(model, processor)`` of one of ``VLM_FAMILIES``, with random weights that follow from ``seed``."""
+    return BUILDERS[family](seed)

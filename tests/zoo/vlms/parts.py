@@ -1,0 +1,71 @@
+"""What the tiny vision-language models share: tokenizers with chat templates, and weights drawn from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from zoo.text import learn_bpe, set_random_weights
+
+HIDDEN = 64
+MAX_LENGTH = 4096
+QWEN_MARKS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+def chat_template(
+    image: str, video: str = "", start: str = "<|im_start|>", end: str = "<|im_end|>", before: str = ""
+) -> str:
+    """A chat template that takes strings or lists of parts and writes ``image`` and ``video`` for parts of that type.
+
+    What the assistant says, with the end mark, stands between ``{% generation %}`` tags, for masks of supervised training.
+    """
+    part = "{% for part in m['content'] %}"
+    part += f"{{% if part['type'] == 'image' %}}{image}{{% elif part['type'] == 'video' %}}{video}"
+    part += "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    content = "{% if m['content'] is string %}{{ m['content'] }}{% else %}" + part + "{% endif %}"
+    return (
+        f"{before}{{% for m in messages %}}{start}{{{{ m['role'] }}}}\n"
+        f"{{% if m['role'] == 'assistant' %}}{{% generation %}}{content}{end}{{% endgeneration %}}"
+        f"{{% else %}}{content}{end}{{% endif %}}\n{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{start}assistant\n{{% endif %}}"
+    )
+
+
+def byte_tokenizer(template: str, marks: Sequence[str] = QWEN_MARKS, **options: Any) -> Any:
+    """The byte-level BPE tokenizer of Qwen 2 with ``marks`` as special tokens; a turn ends with ``<|im_end|>``."""
+    from transformers import Qwen2Tokenizer
+
+    return learn_bpe(
+        Qwen2Tokenizer,
+        ["<|endoftext|>", *marks],
+        "level",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        chat_template=template,
+        model_max_length=MAX_LENGTH,
+        **({"extra_special_tokens": list(marks)} | options),
+    )
+
+
+def vocab_size(tokenizer: Any) -> int:
+    """Rows of the embedding: the tokens, rounded up to a multiple of 64 as released models do."""
+    return -(-len(tokenizer) // 64) * 64
+
+
+def finished(model: nn.Module, tokenizer: Any, family: str, seed: int) -> nn.Module:
+    """``model`` with weights that follow from ``family`` and ``seed``, and the stop tokens of ``tokenizer``."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return set_random_weights(model, family, f"seed {seed}")
