@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+
 from zoo.text import learn_bpe, set_random_weights
 
 HIDDEN = 64
@@ -25,17 +26,18 @@ def chat_template(
 ) -> str:
     """A chat template that takes strings or lists of parts and writes ``image`` and ``video`` for parts of that type.
 
-    What the assistant says, with the end mark, stands between ``{% generation %}`` tags, for masks of supervised training.
+    What the assistant says, with its end mark, stands between ``{% generation %}`` tags: masks for supervised training.
     """
     part = "{% for part in m['content'] %}"
     part += f"{{% if part['type'] == 'image' %}}{image}{{% elif part['type'] == 'video' %}}{video}"
     part += "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     content = "{% if m['content'] is string %}{{ m['content'] }}{% else %}" + part + "{% endif %}"
+    newline = "{{ '\\n' }}"
     return (
-        f"{before}{{% for m in messages %}}{start}{{{{ m['role'] }}}}\n"
+        f"{before}{{% for m in messages %}}{start}{{{{ m['role'] }}}}{newline}"
         f"{{% if m['role'] == 'assistant' %}}{{% generation %}}{content}{end}{{% endgeneration %}}"
-        f"{{% else %}}{content}{end}{{% endif %}}\n{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{start}assistant\n{{% endif %}}"
+        f"{{% else %}}{content}{end}{{% endif %}}{newline}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{start}assistant{newline}{{% endif %}}"
     )
 
 
