@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -75,9 +76,10 @@ def test_sample_writes_pictures_that_depend_on_the_seed_alone(place):
         assert result.exit_code == 0
         files[name] = [Path(line) for line in result.stdout.split("\n") if line]
     assert [Image.open(path).size for path in files["a"]] == [(16, 16)] * 2
-    a, b, c = (files[name][0].read_bytes() for name in "abc")
-    assert a == b
-    assert a != c
+    a, b, c = (np.asarray(Image.open(files[name][0])).astype(int) for name in "abc")
+    # One of 255 levels: a batch of two and a batch of one may sum in another order.
+    assert abs(a - b).max() <= 1
+    assert abs(a - c).max() > 1
     assert refused("sample", place / "run", "--prompt", " ") == "error: --prompt is empty"
 
 

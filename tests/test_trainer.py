@@ -16,7 +16,8 @@ from tiny_run import save_pipeline, tiny_config, write_config
 from mmrl import run
 from mmrl.config import parse_config
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# As many threads as this process has: sums over other portions round differently, and bits are compared here.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TOKENIZERS_PARALLELISM": "false"}
 
 
 @pytest.fixture(scope="module")
