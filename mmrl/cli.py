@@ -128,29 +128,39 @@ def eval_(
 def sample(
     run_dir: RunFolder,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="Picture to ask about or edit.")] = None,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="Samples per prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the samples' noise.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; RUN_DIR/samples when not given.")] = None,
 ) -> None:
-    """Draw samples with the latest checkpoint of a run and write them as PNG files."""
+    """Draw samples with the latest checkpoint of a run: pictures as PNG files, text on the terminal."""
     from mmrl import run
+    from mmrl.data import check_picture
     from mmrl.media import save_images, save_videos
     from mmrl.seeding import derive_seed
     from mmrl.types import Prompt
 
     if not all(text.strip() for text in prompt):
         raise UserError("--prompt is empty")
+    images = [str(path) for path in image or []]
+    for path in images:
+        check_picture(Path(path), "--image")
     config, checkpoint = run.run_config(run_dir), run.latest_checkpoint(run_dir)
     numbers = [(p, k) for p in range(len(prompt)) for k in range(n)]
-    prompts = [Prompt(text=prompt[p], id=f"prompt {p}") for p, _ in numbers]
+    asked = [Prompt(text=text, id=f"prompt {p}", images=images) for p, text in enumerate(prompt)]
+    prompts = [asked[p] for p, _ in numbers]
     samples = run.sample(config, prompts, [derive_seed(seed, "sample", *number) for number in numbers], checkpoint)
     folder, names = out or run_dir / "samples", [f"{p:03d}-{k}" for p, k in numbers]
     if samples.images is not None:
         paths = save_images(samples.images, folder, names)
     elif samples.videos is not None:
         paths = save_videos(samples.videos, folder, names)
+    elif samples.texts is not None:
+        for text in samples.texts:
+            typer.echo(text)
+        return
     else:
-        raise UserError(f"pipeline '{config.pipeline.type}' makes neither pictures nor videos")
+        raise UserError(f"pipeline '{config.pipeline.type}' makes neither pictures nor videos nor text")
     for path in paths:
         Console(soft_wrap=True).print(str(path), highlight=False)
 

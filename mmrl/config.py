@@ -48,8 +48,8 @@ class DataOptions(Strict):
         eval_prompts: held-out prompts in any of these forms; without them evaluations use ``prompts``.
         batch_size: prompts per training step, over all processes.
         shuffle: a new order every epoch; otherwise the order of the source.
-        columns: which column of a row is ``text``, ``images``, ``target``, ``task``, ``inputs``, ``id``, where it has
-            another name.
+        columns: which column of a row is ``text``, ``images``, ``videos``, ``messages``, ``target``, ``task``,
+            ``inputs``, ``id``, where it has another name.
         limit: only the first so many training prompts.
         split, eval_split: of a Hugging Face data set.
         options, eval_options: keywords for the function, or for ``datasets.load_dataset`` (a hub data set's ``name``,
@@ -60,7 +60,7 @@ class DataOptions(Strict):
     eval_prompts: str | list[str | dict[str, Any]] | None = None
     batch_size: Count = 8
     shuffle: bool = True
-    columns: dict[Literal["text", "images", "target", "task", "inputs", "id"], str] = Field(default_factory=dict)
+    columns: dict[Literal["text", "images", "videos", "messages", "target", "task", "inputs", "id"], str] = Field(default_factory=dict)
     limit: Count | None = None
     split: str = "train"
     eval_split: str = "test"

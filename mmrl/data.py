@@ -1,8 +1,8 @@
 """Prompts from files, folders, data sets and functions, and which of them a step takes.
 
 A *row* is a mapping of columns, or just a text. ``text`` (or ``prompt`` or ``caption``), ``images`` (or ``image``),
-``target``, ``task``, ``inputs`` and ``id`` become the fields of :class:`mmrl.types.Prompt`; all other columns are kept
-in ``Prompt.metadata``. ``columns`` renames. Relative picture paths are looked for beside the file that names them.
+``videos`` (or ``video``), ``messages``, ``target``, ``task``, ``inputs`` and ``id`` become the fields of
+:class:`mmrl.types.Prompt`; all other columns are kept in ``Prompt.metadata``. A row of ``messages`` needs no text. ``columns`` renames. Relative picture paths are looked for beside the file that names them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from mmrl.types import Prompt
 ALIASES = {
     "text": ("text", "prompt", "caption"),
     "images": ("images", "image"),
+    "videos": ("videos", "video"),
+    "messages": ("messages",),
     "target": ("target",),
     "task": ("task",),
     "inputs": ("inputs",),
@@ -174,7 +176,7 @@ def _captioned_pictures(pictures: Sequence[Path]) -> Iterator[tuple[str, dict[st
         caption = picture.with_suffix(".txt")
         if not caption.is_file():
             raise UserError(f"'{picture}' has no caption: there is no '{caption.name}' beside it")
-        _check_picture(picture, picture.name)
+        check_picture(picture, picture.name)
         yield picture.name, {"text": _read(caption).strip(), "target": str(picture.resolve())}
 
 
@@ -182,7 +184,7 @@ def _listed_pictures(listing: Path) -> Iterator[tuple[str, Any]]:
     for place, row in _json_lines(listing):
         if isinstance(row, dict) and "file_name" in row:
             picture = listing.parent / str(row["file_name"])
-            _check_picture(picture, place)
+            check_picture(picture, place)
             row = {"target": str(picture.resolve()), **{k: v for k, v in row.items() if k != "file_name"}}
         yield place, row
 
@@ -247,7 +249,9 @@ class _RowReader:
             if column is not None:
                 used.add(column)
                 taken[field] = row[column]
-        if not isinstance(taken.get("text"), str) or not taken["text"].strip():
+        messages = _messages(taken.get("messages"), place)
+        taken.setdefault("text", _last_question(messages))
+        if not isinstance(taken["text"], str) or not (taken["text"].strip() or messages):
             raise UserError(
                 f"{place}: the row has no text: its columns are {', '.join(map(str, row)) or 'none'}, "
                 "and data.columns.text can name the one that is"
@@ -259,6 +263,8 @@ class _RowReader:
             text=taken["text"],
             id="" if taken.get("id") is None else str(taken["id"]),
             images=self._images(taken.get("images"), place),
+            videos=self._videos(taken.get("videos"), place),
+            messages=messages,
             target=taken.get("target"),
             task=str(taken.get("task") or ""),
             inputs={name: self._input(name, value, place) for name, value in inputs.items()},
@@ -279,12 +285,28 @@ class _RowReader:
         values = [] if value is None or value == "" else value if isinstance(value, (list, tuple)) else [value]
         return [self._picture(item, place) for item in values]
 
+    def _videos(self, value: Any, place: str) -> list[Any]:
+        """Clips: paths made absolute, or sequences of frames."""
+        values = [] if value is None or value == "" else value if isinstance(value, (list, tuple)) else [value]
+        clips = []
+        for clip in values:
+            if isinstance(clip, (list, tuple)):
+                clips.append([self._picture(frame, place) for frame in clip])
+            elif isinstance(clip, (str, Path)):
+                path = self.folder / clip
+                if not path.is_file():
+                    raise UserError(f"{place}: there is no video '{path}'")
+                clips.append(str(path.resolve()))
+            else:
+                clips.append(clip)
+        return clips
+
     def _picture(self, value: Any, place: str) -> Any:
         """The absolute path of a picture that was looked at; pictures and tensors as they are."""
         if not isinstance(value, (str, Path)):
             return value
         path = self.folder / value
-        _check_picture(path, place)
+        check_picture(path, place)
         return str(path.resolve())
 
     def _input(self, name: str, value: Any, place: str) -> Any:
@@ -301,7 +323,34 @@ class _RowReader:
             return picture.copy()
 
 
-def _check_picture(path: Path, place: str) -> None:
+def _messages(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
+    """A conversation in the chat format: turns with a ``role`` and ``content``, a text or a list of parts."""
+    if value is None:
+        return ()
+    turns = value if isinstance(value, (list, tuple)) else [value]
+    for number, turn in enumerate(turns):
+        content = turn.get("content") if isinstance(turn, Mapping) else None
+        if not isinstance(content, (str, list, tuple)) or not isinstance(turn.get("role"), str):
+            raise UserError(
+                f"{place}: turn {number} of 'messages' is {describe(turn)}, but should be a mapping with 'role' and "
+                "'content', which is a text or a list of parts"
+            )
+    return tuple(turns)
+
+
+def _last_question(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of the last user turn, for reports and rewards."""
+    for turn in reversed(messages):
+        if turn["role"] == "user":
+            content = turn["content"]
+            if isinstance(content, str):
+                return content
+            return " ".join(str(part["text"]) for part in content if isinstance(part, Mapping) and part.get("text"))
+    return ""
+
+
+def check_picture(path: Path, place: str) -> None:
+    """Raise ``UserError``, beginning with ``place``, unless the file is a picture that can be read."""
     from PIL import Image, UnidentifiedImageError
 
     if not path.is_file():

@@ -12,7 +12,7 @@ import torch
 
 from mmrl import distributed
 from mmrl.algorithms.collecting import row_chunks
-from mmrl.media import save_images, save_videos
+from mmrl.media import save_contact_sheet, save_images, save_videos
 from mmrl.policy import Policy
 from mmrl.scoring import Scorer
 from mmrl.seeding import derive_seed
@@ -56,16 +56,19 @@ class Evaluation:
                 tally.spread(f"eval/{name}", values)
             if folder is not None:
                 names = [f"{number:03d}-{k}" for number in numbers for k in range(self.samples_per_prompt)]
-                files = _save(samples, folder, names)
-                for row, (file, prompt) in enumerate(zip(files, samples.prompts, strict=True)):
+                outputs = _save_outputs(samples, folder, names)
+                marks = self.scorer.marks(samples)
+                for row, prompt in enumerate(samples.prompts):
                     records.append(
                         {
-                            "file": file,
+                            "name": names[row],
+                            **outputs[row],
                             "prompt": prompt.text,
                             "prompt_id": prompt.id,
                             "seed": seeds[row],
                             "scores": {name: _number(values[row]) for name, values in scores.each.items()},
                             "total": _number(scores.total[row]),
+                            **({"marks": marks[row]} if marks[row] else {}),
                         }
                     )
         if folder is not None:
@@ -86,13 +89,23 @@ class Evaluation:
         return samples, seeds
 
 
-def _save(samples: Samples, folder: Path, names: list[str]) -> list[str]:
-    """Write pictures or clips; file names relative to ``folder``, empty for outputs that are neither."""
+def _save_outputs(samples: Samples, folder: Path, names: list[str]) -> list[dict[str, str]]:
+    """Write pictures or clips; per sample its ``file``, or its ``text`` and the ``picture`` that it was asked about."""
     if samples.images is not None:
-        return [path.name for path in save_images(samples.images, folder, names)]
+        return [{"file": path.name} for path in save_images(samples.images, folder, names)]
     if samples.videos is not None:
-        return [path.name for path in save_videos(samples.videos, folder, names)]
-    return [""] * len(samples)
+        return [{"file": path.name} for path in save_videos(samples.videos, folder, names)]
+    if samples.texts is None:
+        return [{} for _ in names]
+    saved: dict[int, str] = {}
+    out = []
+    for name, text, prompt in zip(names, samples.texts, samples.prompts, strict=True):
+        pictures = list(prompt.images) or list(prompt.videos)[:1]
+        if pictures and id(prompt) not in saved:
+            saved[id(prompt)] = f"{name}-asked.png"
+            save_contact_sheet(pictures, folder / saved[id(prompt)])
+        out.append({"text": text, "picture": saved.get(id(prompt), "")})
+    return out
 
 
 def _write_records(folder: Path, records: list[dict[str, Any]]) -> None:
@@ -103,7 +116,7 @@ def _write_records(folder: Path, records: list[dict[str, Any]]) -> None:
     if distributed.rank() == 0:
         parts = sorted(folder.glob(".scores-*.json"))
         joined = [record for part in parts for record in json.loads(part.read_text(encoding="utf-8"))]
-        joined.sort(key=lambda record: record["file"])
+        joined.sort(key=lambda record: record["name"])
         (folder / "scores.json").write_text(json.dumps(joined, indent=1), encoding="utf-8")
         for part in parts:
             part.unlink()

@@ -38,6 +38,35 @@ def enlarge(picture: Image, scale: int) -> Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
+def open_picture(source: str | Path | Image | Tensor) -> Image:
+    """A picture from a path, a picture or a tensor ``[3, H, W]`` in [0, 1], as RGB.
+
+    Raises:
+        OSError: the file is missing or not a picture that can be read (``PIL.UnidentifiedImageError`` is one).
+    """
+    from PIL import Image
+
+    if isinstance(source, Tensor):
+        return to_pil(source)
+    if isinstance(source, (str, Path)):
+        with Image.open(source) as picture:
+            return picture.convert("RGB")
+    return source.convert("RGB")
+
+
+def save_contact_sheet(sources: Sequence, path: Path, frames: int = 4) -> None:
+    """Write pictures side by side as one PNG; of a clip (a sequence of frames) a few frames spread over its length."""
+    pictures: list[Image] = []
+    for source in sources:
+        if isinstance(source, (list, tuple)) or (isinstance(source, Tensor) and source.ndim == 4):
+            shown = range(0, len(source), max(1, len(source) // frames))
+            pictures += [open_picture(source[k]) for k in shown]
+        else:
+            pictures.append(open_picture(source))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (pictures[0] if len(pictures) == 1 else grid(pictures, len(pictures))).save(path, format="PNG")
+
+
 def save_images(images: Tensor, folder: str | Path, names: Sequence[str], scale: int = 1) -> list[Path]:
     """Write ``images [N, 3, H, W]`` in [0, 1] as ``folder/<name>.png``; the folder is made if missing.
 

@@ -79,6 +79,8 @@ class Term:
         gate: the *score* (before scale) that a sample must exceed. One that does not gets value 0 for every reward
             that applies to it, so its total is 0: use it with rewards that are never negative.
         timeout: seconds one call may take; None is no limit.
+        tasks: only for samples whose prompt has one of these as its ``task``; to others the reward does not apply, and
+            it is not shown them. None is all.
     """
 
     reward: Callable[[Samples], Any]
@@ -89,6 +91,7 @@ class Term:
     clip: tuple[float, float] | None = None
     gate: float | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
+    tasks: list[str] | None = None
 
 
 @dataclass(eq=False)
@@ -159,7 +162,7 @@ class Scorer:
         terms: the rewards, at least one. A bare callable is a term of weight 1.
 
     Raises:
-        UserError: no terms, two of the same name, or a clip range that is upside down.
+        UserError: no terms, two of the same name, a clip range that is upside down, or an empty list of tasks.
     """
 
     def __init__(self, terms: Iterable[Term | Callable[[Samples], Any]]):
@@ -171,6 +174,8 @@ class Scorer:
                 raise UserError(f"two rewards are called '{name}': give one of them another name (name: ...)")
             if term.clip is not None and term.clip[0] > term.clip[1]:
                 raise UserError(f"reward '{name}': clip is {list(term.clip)}, the first number must be the smaller")
+            if term.tasks is not None and not term.tasks:
+                raise UserError(f"reward '{name}': tasks is an empty list; leave it out for all tasks")
             self.terms[name] = term
         if not self.terms:
             raise UserError("rewards: the list is empty, give at least one reward")
@@ -214,11 +219,23 @@ class Scorer:
             start = time.perf_counter()
             flows = grad and is_differentiable(term.reward)
             with torch.set_grad_enabled(flows):
-                found = _call(name, term, samples if flows else detached)
-                partial = getattr(term.reward, "partial", False)
-                each[name] = as_scores(name, found, samples, partial).to(device)
+                each[name] = _scores(name, term, samples if flows else detached).to(device)
             seconds[name] = time.perf_counter() - start
         return self._combine(each, seconds, step)
+
+    def marks(self, samples: Samples) -> list[list[dict[str, Any]]]:
+        """What rewards found in the pictures that samples answer about, for people to look at.
+
+        A reward may have ``marks(samples)``: per sample a list of ``{"label": "predicted" | "true", "box": [x0, y0, x1,
+        y1]}`` or ``{"label": ..., "point": [x, y]}``, in fractions of the picture's width and height.
+        """
+        out: list[list[dict[str, Any]]] = [[] for _ in range(len(samples))]
+        for term in self.terms.values():
+            find = getattr(term.reward, "marks", None)
+            if find is not None:
+                for row, marks in enumerate(find(samples)):
+                    out[row] += [mark for mark in marks if mark not in out[row]]
+        return out
 
     def _combine(self, each: Mapping[str, Tensor], seconds: dict[str, float], step: int) -> Scores:
         columns, weights = [], []
@@ -329,6 +346,20 @@ def _brief(value: Any) -> str:
 
 def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
+
+
+def _scores(name: str, term: Term, samples: Samples) -> Tensor:
+    """The raw scores ``[N]`` of one reward, NaN where it does not apply or its ``tasks`` leave the sample out."""
+    partial = getattr(term.reward, "partial", False)
+    if term.tasks is None:
+        return as_scores(name, _call(name, term, samples), samples, partial)
+    rows = [row for row, prompt in enumerate(samples.prompts) if prompt.task in term.tasks]
+    everywhere = torch.full((len(samples),), torch.nan)
+    if not rows:
+        return everywhere
+    chosen = samples[rows]
+    scores = as_scores(name, _call(name, term, chosen), chosen, partial)
+    return everywhere.to(scores.device).index_put((torch.tensor(rows, device=scores.device),), scores)
 
 
 def _call(name: str, term: Term, samples: Samples) -> Any:
