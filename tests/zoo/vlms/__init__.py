@@ -9,12 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from zoo.vlms import qwen
+from zoo.vlms import gemma, idefics, llama, llava, qwen
 
 __all__ = ["VLM_FAMILIES", "build_vlm"]
 
 BUILDERS: dict[str, Callable[[int], tuple[Any, Any]]] = {
     "qwen2_5_vl": qwen.qwen2_5_vl,
+    "qwen2_vl": qwen.qwen2_vl,
+    "qwen3_vl": qwen.qwen3_vl,
+    "glm4v": qwen.glm4v,
+    "idefics3": idefics.idefics3,
+    "smolvlm": idefics.smolvlm,
+    "llava": llava.llava,
+    "llava_onevision": llava.llava_onevision,
+    "internvl": llava.internvl,
+    "mistral3": llava.mistral3,
+    "gemma3": gemma.gemma3,
+    "paligemma": gemma.paligemma,
+    "mllama": llama.mllama,
+    "llama4": llama.llama4,
 }
 
 VLM_FAMILIES: tuple[str, ...] = tuple(BUILDERS)

@@ -41,7 +41,7 @@ def chat_template(
     )
 
 
-def byte_tokenizer(template: str, marks: Sequence[str] = QWEN_MARKS, **options: Any) -> Any:
+def byte_tokenizer(template: str, marks: Sequence[str], **options: Any) -> Any:
     """The byte-level BPE tokenizer of Qwen 2 with ``marks`` as special tokens; a turn ends with ``<|im_end|>``."""
     from transformers import Qwen2Tokenizer
 
@@ -49,18 +49,35 @@ def byte_tokenizer(template: str, marks: Sequence[str] = QWEN_MARKS, **options: 
         Qwen2Tokenizer,
         ["<|endoftext|>", *marks],
         "level",
-        eos_token="<|im_end|>",
+        extra_special_tokens=list(marks),
         pad_token="<|endoftext|>",
         padding_side="left",
         chat_template=template,
         model_max_length=MAX_LENGTH,
-        **({"extra_special_tokens": list(marks)} | options),
+        **({"eos_token": "<|im_end|>"} | options),
     )
 
 
 def vocab_size(tokenizer: Any) -> int:
     """Rows of the embedding: the tokens, rounded up to a multiple of 64 as released models do."""
     return -(-len(tokenizer) // 64) * 64
+
+
+def text_sizes(tokenizer: Any, model_type: str, **more: Any) -> dict[str, Any]:
+    """Configuration of a tiny language model of a Llama-like kind."""
+    return {
+        "model_type": model_type,
+        "vocab_size": vocab_size(tokenizer),
+        "hidden_size": HIDDEN,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": MAX_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    } | more
 
 
 def finished(model: nn.Module, tokenizer: Any, family: str, seed: int) -> nn.Module:
