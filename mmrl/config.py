@@ -60,7 +60,9 @@ class DataOptions(Strict):
     eval_prompts: str | list[str | dict[str, Any]] | None = None
     batch_size: Count = 8
     shuffle: bool = True
-    columns: dict[Literal["text", "images", "videos", "messages", "target", "task", "inputs", "id"], str] = Field(default_factory=dict)
+    columns: dict[Literal["text", "images", "videos", "messages", "target", "task", "inputs", "id"], str] = Field(
+        default_factory=dict
+    )
     limit: Count | None = None
     split: str = "train"
     eval_split: str = "test"

@@ -2,7 +2,8 @@
 
 A *row* is a mapping of columns, or just a text. ``text`` (or ``prompt`` or ``caption``), ``images`` (or ``image``),
 ``videos`` (or ``video``), ``messages``, ``target``, ``task``, ``inputs`` and ``id`` become the fields of
-:class:`mmrl.types.Prompt`; all other columns are kept in ``Prompt.metadata``. A row of ``messages`` needs no text. ``columns`` renames. Relative picture paths are looked for beside the file that names them.
+:class:`mmrl.types.Prompt`; all other columns are kept in ``Prompt.metadata``. A row of ``messages`` needs no text.
+``columns`` renames. Relative picture paths are looked for beside the file that names them.
 """
 
 from __future__ import annotations

@@ -341,3 +341,29 @@ def test_stacked_areas_add_up():
     tops = [float(area[0].split()[1]) for area in areas]
     base = float(areas[0][-1].split()[1])
     assert (base - tops[1]) / (base - tops[0]) == pytest.approx(4.0, abs=0.02)
+
+
+def test_written_answers_show_with_their_picture_and_marks(tmp_path):
+    run = make_run(tmp_path / "run", [0.1, 0.2], [0.8, 0.9])
+    for step, text in ((0, "no idea"), (40, "<answer>[1, 2]</answer>")):
+        folder = run / "eval" / f"step-{step:06d}"
+        rows = json.loads((folder / "scores.json").read_text())
+        for row in rows:
+            row["picture"] = row.pop("file")
+            row["text"] = text
+            row["marks"] = [
+                {"label": "predicted", "box": [0.75, 0.5, 0.25, 2.0]},
+                {"label": "true", "point": [0.5, 0.5]},
+                {"label": "predicted", "box": [float("nan"), 0, 1, 1]},
+                {"label": "predicted", "box": "everywhere"},
+            ]
+        (folder / "scores.json").write_text(json.dumps(rows))
+    text = write_report(run).read_text()
+    page = Page(text)
+    assert "<answer>[1, 2]</answer>" in page.text
+    assert "no idea" in page.text
+    # A box from right to left is turned round, one that reaches beyond the picture ends at its edge.
+    assert '<rect class="predicted" x="25.0" y="50.0" width="50.0" height="50.0"/>' in text
+    assert '<circle class="true" cx="50.0" cy="50.0" r="2.5"/>' in text
+    assert "nan" not in text.split("</style>")[1]
+    assert "everywhere" not in page.text

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from mmrl.errors import UserError
 from mmrl.media import data_uri
@@ -46,8 +48,11 @@ def before_and_after(run: Run) -> str:
             f"{_figure(after, f'after (step {last.step})', f'after <b>{number(after.total)}</b>{change}')}"
             f"</div>{foot}</article>"
         )
-    note = "Same prompt, same seed, same starting noise"
+    written = any(sample.text is not None for sample in last.samples)
+    note = "Same prompt, same seed" + ("" if written else ", same starting noise")
     note += f"; {len(cards)} of {len(pairs)} in order, not picked." if len(cards) < len(pairs) else "."
+    if any(sample.marks for sample in last.samples):
+        note += " Solid: the answer; dashed: the truth."
     return f'<h2>Before and after</h2><p>{note}</p><div class="pairs">{"".join(cards)}</div>'
 
 
@@ -130,11 +135,42 @@ def _figure(sample: Sample, when: str, caption: str) -> str:
 
 
 def _picture(sample: Sample, when: str) -> str:
-    if sample.file is None:
-        return f'<div class="missing">{escape(sample.text) or "no picture"}</div>'
-    alt = escape(f"{sample.prompt or 'sample'}, {when}, score {number(sample.total)}", quote=True)
-    source, tiny = _embed(sample.file)
-    return f'<img src="{source}" alt="{alt}"{" class=tiny" if tiny else ""}>'
+    """The picture that was made; or the one that was asked about, marked, and what was written."""
+    file = sample.file or sample.picture
+    if file is None and sample.text is None:
+        return '<div class="missing">no picture</div>'
+    html = ""
+    if file is not None:
+        alt = escape(f"{sample.prompt or 'sample'}, {when}, score {number(sample.total)}", quote=True)
+        source, tiny = _embed(file)
+        html = f'<img src="{source}" alt="{alt}"{" class=tiny" if tiny else ""}>'
+        html = f'<div class="marked">{html}{_drawn(sample.marks)}</div>' if sample.marks else html
+    if sample.text is not None:
+        html += f'<p class="written">{escape(sample.text) or "<i>(nothing)</i>"}</p>'
+    return html
+
+
+def _drawn(marks: Sequence[Mapping[str, Any]]) -> str:
+    """Boxes and points over a picture; those of the ground truth are dashed."""
+    shapes = []
+    for mark in marks:
+        kind = "true" if mark.get("label") == "true" else "predicted"
+        if box := _fractions(mark.get("box"), 4):
+            (left, right), (top, bottom) = sorted(box[::2]), sorted(box[1::2])
+            size = f'x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"'
+            shapes.append(f'<rect class="{kind}" {size}/>')
+        elif point := _fractions(mark.get("point"), 2):
+            shapes.append(f'<circle class="{kind}" cx="{point[0]}" cy="{point[1]}" r="2.5"/>')
+    return f'<svg viewBox="0 0 100 100" preserveAspectRatio="none">{"".join(shapes)}</svg>'
+
+
+def _fractions(values: Any, count: int) -> list[float] | None:
+    """Per cent of the picture, kept within it; None for anything but ``count`` finite numbers."""
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        return None
+    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+        return None
+    return [round(100 * min(max(float(v), 0.0), 1.0), 2) for v in values]
 
 
 def _embed(path: Path) -> tuple[str, bool]:

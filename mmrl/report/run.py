@@ -21,7 +21,13 @@ DIVERSITY = ("eval/diversity", "eval/diversity/mean")
 
 @dataclass
 class Sample:
-    """One output of an evaluation with its scores; ``file`` is None where there is no picture inside the run folder."""
+    """One output of an evaluation with its scores.
+
+    Attributes:
+        file: the picture that was made; None where there is none inside the run folder.
+        text: what was written, and ``picture`` what it was written about.
+        marks: boxes and points found in the picture, see :meth:`mmrl.scoring.Scorer.marks`.
+    """
 
     file: Path | None
     prompt: str
@@ -29,7 +35,9 @@ class Sample:
     seed: Any
     scores: dict[str, float | None]
     total: float | None
-    text: str = ""
+    text: str | None = None
+    picture: Path | None = None
+    marks: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -183,7 +191,9 @@ def _sample(path: Path, row: Any) -> Sample:
         seed=row.get("seed"),
         scores={str(k): _number(v) for k, v in scores.items()} if isinstance(scores, dict) else {},
         total=_number(row.get("total")),
-        text=str(row.get("text") or ""),
+        text=row["text"] if isinstance(row.get("text"), str) else None,
+        picture=_inside(path.parent, row.get("picture")),
+        marks=[mark for mark in row.get("marks") or () if isinstance(mark, dict)],
     )
 
 
