@@ -38,6 +38,7 @@ _POLICY_GRADIENT = "mmrl.algorithms.policy_gradient:PolicyGradient"
 
 PIPELINES = {
     "diffusion": Entry("pipelines.diffusion:DiffusionPolicy", "any diffusers pipeline, through its scheduler"),
+    "vlm": Entry("pipelines.vlm.policy:VLMPolicy", "any transformers model for images and text"),
 }
 ALGORITHMS = {
     "grpo": Entry(_POLICY_GRADIENT, "clipped policy gradient with group-normalised advantages (GRPO, Flow-GRPO)"),

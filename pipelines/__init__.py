@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipelines.adapters import LoRA
     from pipelines.diffusion import DiffusionPolicy
+    from pipelines.vlm.policy import VLMPolicy
+    from pipelines.vlm.training import VLMLoRA
 
-__all__ = ["DiffusionPolicy", "LoRA"]
+__all__ = ["DiffusionPolicy", "LoRA", "VLMLoRA", "VLMPolicy"]
 
-_HOMES = {"DiffusionPolicy": "pipelines.diffusion", "LoRA": "pipelines.adapters"}
+_HOMES = {
+    "DiffusionPolicy": "pipelines.diffusion",
+    "LoRA": "pipelines.adapters",
+    "VLMLoRA": "pipelines.vlm.training",
+    "VLMPolicy": "pipelines.vlm.policy",
+}
 
 
 def __getattr__(name: str) -> Any:

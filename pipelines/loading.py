@@ -15,23 +15,27 @@ from mmrl.errors import UserError, nearest
 BUILTIN = Path(__file__).parent / "quickstart"
 
 
-def resolve(model: str) -> str:
-    """``builtin:NAME`` as the folder of the pipeline shipped with this package; anything else as it is.
+def resolve(model: str, marker: str = "model_index.json", kind: str = "diffusers pipeline") -> str:
+    """``builtin:NAME`` as the folder of the model shipped with this package; anything else as it is.
+
+    Args:
+        marker: the file that every folder of this kind has.
+        kind: for messages.
 
     Raises:
         UserError: there is no such folder, or ``model`` looks like a path and is none.
     """
     if model.startswith("builtin:"):
         name = model.removeprefix("builtin:")
-        folders = sorted(path.name for path in BUILTIN.iterdir() if (path / "model_index.json").is_file())
+        folders = sorted(path.name for path in BUILTIN.iterdir() if (path / marker).is_file())
         if name not in folders:
             raise UserError(f"pipeline '{model}' is not shipped with this package{nearest(name, folders)}")
         return str(BUILTIN / name)
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise UserError(f"pipeline folder '{model}' has no model_index.json: it is not a diffusers pipeline")
+        if not (path / marker).is_file():
+            raise UserError(f"pipeline folder '{model}' has no {marker}: it is not a {kind}")
         return str(path)
     if looks_like_path:
         raise UserError(f"pipeline folder '{model}' does not exist")

@@ -1,0 +1,192 @@
+"""The model behind one interface for all families: features of pictures, hidden states, the head."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.vlm.inputs import TOKEN_TYPES, Processed, join_tensors
+from pipelines.vlm.media import Media, moved
+
+
+class Network:
+    """A transformers model for images, text and, where it has them, videos.
+
+    Args:
+        model: of the class that ``AutoModelForImageTextToText`` gives.
+        counters: ``images_encoded``, ``prefill_rows`` and ``forward_tokens`` count up here.
+
+    Attributes:
+        keep_features: whether features of pictures stay with them, because nothing that makes them trains.
+    """
+
+    def __init__(self, model: Any, counters: Counter):
+        self.model = model
+        self.counters = counters
+        self.keep_features = False
+        self.head = model.get_output_embeddings()
+        self.accepted = frozenset(inspect.signature(model.forward).parameters)
+        text = model.config.get_text_config()
+        self.softcap: float | None = getattr(text, "final_logit_softcapping", None)
+        self.context: int | None = getattr(text, "max_position_embeddings", None)
+        self.encodes_apart = "mm_encoder_outputs" in self.accepted and self._encoder("image") is not None
+        self.text_type = {key: _type_of_next_token(model, key) for key in TOKEN_TYPES}
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.model.get_input_embeddings().weight.device
+
+    def features(self, media: Media) -> dict[str, Any]:
+        """Per modality what the vision tower and projector make of processed pictures."""
+        if media.features is not None:
+            return media.features
+        dtype = self.model.get_input_embeddings().weight.dtype
+        given = {key: moved(value, self.device, dtype) for key, value in media.tensors.items()}
+        found = {}
+        for kind, count in (("image", media.images), ("video", media.videos)):
+            encode = self._encoder(kind)
+            if count and encode is not None:
+                names = inspect.signature(encode).parameters
+                found[kind] = _kept(encode(**{k: v for k, v in given.items() if k in names}, return_dict=True))
+                self.counters[f"{kind}s_encoded"] += count
+        if self.keep_features:
+            media.features = found
+        return found
+
+    def media_inputs(self, media: Sequence[Media]) -> dict[str, Any]:
+        """The forward's arguments for pictures in the order of their place holders."""
+        if not media:
+            return {}
+        if self.encodes_apart:
+            parts = [self.features(one) for one in media]
+            kinds = dict.fromkeys(kind for part in parts for kind in part)
+            joined = {kind: _join_outputs([part[kind] for part in parts if kind in part]) for kind in kinds}
+            return {"mm_encoder_outputs": joined}
+        for one in media:
+            self.counters["images_encoded"] += one.images
+        dtype = self.model.get_input_embeddings().weight.dtype
+        joined = join_tensors([one.tensors for one in media])
+        return {key: moved(value, self.device, dtype) for key, value in joined.items() if key in self.accepted}
+
+    def prefill(self, prompts: Sequence[Processed]) -> tuple[Tensor, Any, Tensor]:
+        """Run prompts once, padded on the left.
+
+        Returns:
+            hidden state ``[B, H]`` of each last token, the cache, and the attention mask ``[B, P]``.
+        """
+        inputs = self.padded(prompts)
+        self.counters["prefill_rows"] += len(prompts)
+        hidden, cache = self.hidden(**inputs, **self.media_inputs(_all_media(prompts)), use_cache=True)
+        return hidden[:, -1], cache, inputs["attention_mask"]
+
+    def padded(self, prompts: Sequence[Processed]) -> dict[str, Tensor]:
+        """Ids, mask, positions and token types of prompts, padded on the left to the longest."""
+        longest = max(len(prompt) for prompt in prompts)
+
+        def pad(rows: Sequence[Tensor], value: int = 0) -> Tensor:
+            out = rows[0].new_full((len(rows), *rows[0].shape[:-1], longest), value)
+            for target, row in zip(out, rows, strict=True):
+                target[..., longest - row.shape[-1] :] = row
+            return out.to(self.device)
+
+        types = dict.fromkeys(key for prompt in prompts for key in prompt.token_types)
+        filler = int(prompts[0].ids[-1])
+        out = {
+            "input_ids": pad([prompt.ids for prompt in prompts], filler),
+            "attention_mask": pad([torch.ones_like(prompt.ids) for prompt in prompts]),
+            "position_ids": position_ids(pad([prompt.positions for prompt in prompts])),
+        }
+        for key in types:
+            out[key] = pad([prompt.token_types.get(key, torch.zeros_like(prompt.ids)) for prompt in prompts])
+        return out
+
+    def hidden(self, **inputs: Any) -> tuple[Tensor, Any]:
+        """Last hidden states ``[B, S, H]``, as the head takes them, and the cache.
+
+        The head itself is not run: its input is taken where it enters, which works for every family.
+        """
+        self.counters["forward_tokens"] += inputs["input_ids"].numel()
+        inputs.setdefault("use_cache", False)
+        with _before(self.head) as taken:
+            output = self.model(**{key: value for key, value in inputs.items() if key in self.accepted})
+        return taken[0], output.past_key_values if inputs["use_cache"] else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits ``[..., V]`` of hidden states ``[..., H]``."""
+        logits = self.head(hidden).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def _encoder(self, kind: str) -> Any:
+        return getattr(self.model.base_model, f"get_{kind}_features", None)
+
+
+def position_ids(positions: Tensor) -> Tensor:
+    """Positions ``[N, 1 or 3, S]`` as the forward takes them: ``[N, S]`` or ``[3, N, S]``."""
+    return positions[:, 0] if positions.shape[1] == 1 else positions.transpose(0, 1)
+
+
+def _all_media(prompts: Sequence[Processed]) -> list[Media]:
+    return [media for prompt in prompts for media in prompt.media]
+
+
+@contextlib.contextmanager
+def _before(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what enters the head, and lets it see an empty sequence, so that it costs nothing."""
+    taken: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        taken.append(args[0])
+        return (args[0][:, :0],)
+
+    handle = head.register_forward_pre_hook(take)
+    try:
+        yield taken
+    finally:
+        handle.remove()
+
+
+def _kept(output: Any) -> Any:
+    """What forwards read of encoded pictures; the rest would only hold memory."""
+    names = ("pooler_output", "deepstack_features")
+    if getattr(output, "pooler_output", None) is None:
+        names = ("last_hidden_state",)
+    return type(output)(**{name: output[name] for name in names if getattr(output, name, None) is not None})
+
+
+def _join_outputs(outputs: Sequence[Any]) -> Any:
+    """Encoded pictures of several prompts as those of one batch, in order."""
+    if len(outputs) == 1:
+        # The forward may write into what it gets.
+        return type(outputs[0])(**dict(outputs[0]))
+    joined = {}
+    for name in outputs[0]:
+        values = [output[name] for output in outputs]
+        if name == "deepstack_features":
+            joined[name] = [_join_features(layer) for layer in zip(*values, strict=True)]
+        else:
+            joined[name] = _join_features(values)
+    return type(outputs[0])(**joined)
+
+
+def _join_features(values: Sequence[Any]) -> Any:
+    if not isinstance(values[0], Tensor):
+        return [item for value in values for item in value]
+    if len({value.shape[1:] for value in values}) == 1:
+        return torch.cat(list(values))
+    # Place holders are filled in order, so that only the order of the tokens counts.
+    return torch.cat([value.reshape(-1, value.shape[-1]) for value in values])[None]
+
+
+def _type_of_next_token(model: Any, key: str) -> int:
+    """The token type that the model's own generation gives to new text."""
+    from transformers.utils import ModelOutput
+
+    known = {key: torch.zeros(1, 1, dtype=torch.long)}
+    return int(model._update_model_kwargs_for_generation(ModelOutput(), known)[key][0, -1])

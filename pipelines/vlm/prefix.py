@@ -1,0 +1,137 @@
+"""Completions behind prompts: continued from a cache that the rows of a prompt share, or run in full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmrl.types import Rows
+from pipelines.vlm.inputs import Processed
+from pipelines.vlm.media import Media
+from pipelines.vlm.network import Network, position_ids
+
+
+@dataclass(eq=False)
+class Trace(Rows):
+    """What followed each row's prompt; scored again from here.
+
+    Attributes:
+        prompts: N; rows of a group hold the same object.
+        tokens: long ``[N, T]``, what the model said and, in dialogues, what was said to it in between.
+        lengths: long ``[N]``, tokens that are there.
+        positions: long ``[N, 1 or 3, T]``.
+        types: long ``[N, T]``, 1 at place holders of pictures, 2 at those of clips.
+        media: per row the pictures and clips among its tokens, in order.
+    """
+
+    prompts: list[Processed]
+    tokens: Tensor
+    lengths: Tensor
+    positions: Tensor
+    types: Tensor
+    media: list[list[Media]]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def live(self, length: int) -> Tensor:
+        """Bool ``[N, length]``: which tokens are there."""
+        return torch.arange(length) < self.lengths[:, None]
+
+
+def text_trace(prompts: Sequence[Processed], tokens: Tensor, lengths: Tensor) -> Trace:
+    """The trace of completions that are text alone."""
+    steps = torch.arange(tokens.shape[1])
+    positions = [(steps + len(prompt) + prompt.delta).expand(len(prompt.positions), -1) for prompt in prompts]
+    return Trace(
+        list(prompts), tokens, lengths, torch.stack(positions), torch.zeros_like(tokens), [[] for _ in prompts]
+    )
+
+
+def unique_prompts(prompts: Sequence[Processed]) -> tuple[list[Processed], Tensor]:
+    """The distinct prompt objects, and the place among them of each row's, long ``[N]``."""
+    place: dict[int, int] = {}
+    distinct = []
+    for prompt in prompts:
+        if id(prompt) not in place:
+            place[id(prompt)] = len(distinct)
+            distinct.append(prompt)
+    return distinct, torch.tensor([place[id(prompt)] for prompt in prompts])
+
+
+def states_shared(network: Network, trace: Trace) -> Tensor:
+    """Hidden states ``[N, T, H]``: entry t is what token t is predicted from. Each prompt runs once."""
+    device = network.device
+    prompts, place = unique_prompts(trace.prompts)
+    last, cache, prompt_mask = network.prefill(prompts)
+    place = place.to(device)
+    if len(prompts) < len(place):
+        cache.batch_select_indices(place)
+    first = last[place][:, None]
+    length = int(trace.lengths.max())
+    if length == 1:
+        return first
+    live = trace.live(length - 1).to(device, prompt_mask.dtype)
+    states, _ = advance(
+        network,
+        cache,
+        trace.tokens[:, : length - 1],
+        trace.positions[:, :, : length - 1],
+        torch.cat([prompt_mask[place], live], 1),
+        [media for row in trace.media for media in row],
+        trace.types[:, : length - 1],
+    )
+    return torch.cat([first, states], 1)
+
+
+def advance(
+    network: Network,
+    cache: Any,
+    tokens: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    media: Sequence[Media] = (),
+    types: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """Go on from a cache by ``tokens [N, t]`` at ``positions [N, 1 or 3, t]``; returns states ``[N, t, H]`` and cache.
+
+    ``mask [N, P + t]`` says which tokens of cache and input are there; ``media`` fill the place holders of the input.
+    """
+    device = network.device
+    inputs: dict[str, Any] = network.media_inputs(media)
+    if media and types is not None:
+        inputs["mm_token_type_ids"] = types.to(device)
+    return network.hidden(
+        input_ids=tokens.to(device),
+        attention_mask=mask,
+        position_ids=position_ids(positions.to(device)),
+        past_key_values=cache,
+        use_cache=True,
+        **inputs,
+    )
+
+
+def states_plain(network: Network, trace: Trace) -> Tensor:
+    """The same as :func:`states_shared` by running every row in full."""
+    device = network.device
+    inputs: dict[str, Any] = network.padded(trace.prompts)
+    length = int(trace.lengths.max())
+    prompt_length = inputs["input_ids"].shape[1]
+    live = trace.live(length)
+    tokens = torch.where(live, trace.tokens[:, :length], int(trace.prompts[0].ids[-1]))
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens.to(device)], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], live.to(device, torch.long)], 1)
+    after = position_ids(trace.positions[:, :, :length].to(device))
+    inputs["position_ids"] = torch.cat([inputs["position_ids"], after], -1)
+    for key, text in network.text_type.items():
+        if key in inputs:
+            types = trace.types[:, :length]
+            inputs[key] = torch.cat([inputs[key], torch.where(types > 0, types, text).to(device)], 1)
+    network.counters["prefill_rows"] += len(trace)
+    media = [one for prompt, row in zip(trace.prompts, trace.media, strict=True) for one in (*prompt.media, *row)]
+    states, _ = network.hidden(**inputs, **network.media_inputs(media))
+    return states[:, prompt_length - 1 : -1]
