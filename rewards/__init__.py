@@ -19,9 +19,15 @@ REWARDS: dict[str, tuple[str, str]] = {
     "diversity": ("rewards.diversity:Diversity", "pixel distance of a picture to the others of its prompt"),
     "hpsv2": ("rewards.clip:HPSv2", "human preference score v2, an open_clip model"),
     "jpeg": ("rewards.jpeg:Jpeg", "size of the picture as JPEG, in kB: compressibility or incompressibility"),
+    "judge_api": ("rewards.judges.api:JudgeApi", "score or yes/no of a model behind an OpenAI-compatible endpoint"),
+    "judge_echo": ("rewards.judges.echo:JudgeEcho", "likelihood of the prompt given the picture under a local VLM"),
+    "judge_pair": ("rewards.judges.pair:JudgePair", "win rate in the group, pairs judged in both orders by a local VLM"),
+    "judge_score": ("rewards.judges.score:JudgeScore", "number in the verdict that a local VLM writes"),
+    "judge_yes": ("rewards.judges.yes:JudgeYes", "probability that a local VLM answers yes to a question"),
     "ocr": ("rewards.ocr:Ocr", "edit distance of the text in the picture to the text wanted"),
     "pickscore": ("rewards.clip:PickScore", "PickScore, a CLIP model of human preference"),
     "pixels": ("rewards.pixels:Pixels", "brightness, colour, saturation, contrast or sharpness"),
+    "remote": ("rewards.remote:Remote", "a reward that runs on another machine or in another process, over HTTP"),
     "shapes": ("rewards.shapes:Shapes", "exact check of colour, shape, count and position in pictures of plain shapes"),
 }
 

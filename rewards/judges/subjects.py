@@ -1,0 +1,221 @@
+"""What a judge gets to see of a sample: pictures without copies, frames of clips, and the question around them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from mmrl.errors import UserError, nearest
+from mmrl.media import to_pil
+from mmrl.scoring import describe_sample
+from mmrl.types import Prompt, Samples
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Modality = Literal["image", "video", "text"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture known by its content: two of the same pixels are equal, so that they are processed once."""
+
+    key: bytes
+    image: Image = field(compare=False, repr=False)
+
+
+Part = str | Picture
+Case = tuple[Part, ...]
+"""A question with pictures in it, as the content of one user turn."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One sample as a judge sees it.
+
+    Attributes:
+        prompt: what was asked for, in words.
+        completion: the text that was written; empty for pictures and clips.
+        pictures: the picture or frames that were made; for a text, those it was written about.
+    """
+
+    prompt: str
+    completion: str
+    pictures: tuple[Picture, ...]
+
+
+def modality(samples: Samples, name: str) -> Modality:
+    """What kind of output the samples are; ``UserError`` if a judge cannot look at it."""
+    for kind, output in (("image", samples.images), ("video", samples.videos), ("text", samples.texts)):
+        if output is not None:
+            return kind
+    raise UserError(f"reward '{name}' judges images, videos or texts, but the samples have none")
+
+
+def subjects(samples: Samples, frames: int, name: str) -> list[Subject]:
+    """One per sample.
+
+    Args:
+        frames: how many frames of a clip are looked at, evenly spread from the first to the last.
+        name: of the reward, for messages.
+
+    Raises:
+        UserError: nothing to look at, or a picture of a prompt that cannot be opened; names the sample.
+    """
+    kind = modality(samples, name)
+    if kind == "image":
+        shown = [(as_picture(image),) for image in samples.images]
+    elif kind == "video":
+        shown = [tuple(as_picture(clip[i]) for i in spread(len(clip), frames)) for clip in samples.videos]
+    else:
+        shown = _shown_to_the_writer(samples, frames, name)
+    texts = samples.texts if kind == "text" else [""] * len(samples)
+    return [
+        Subject(words_of(prompt), text, pictures)
+        for prompt, text, pictures in zip(samples.prompts, texts, shown, strict=True)
+    ]
+
+
+def _shown_to_the_writer(samples: Samples, frames: int, name: str) -> list[tuple[Picture, ...]]:
+    # The members of a group share one prompt, whose files are opened once.
+    known: dict[int, tuple[Picture, ...]] = {}
+    for row, prompt in enumerate(samples.prompts):
+        if id(prompt) not in known:
+            where = f"reward '{name}': {describe_sample(samples, row)}"
+            known[id(prompt)] = prompt_pictures(prompt, frames, where)
+    return [known[id(prompt)] for prompt in samples.prompts]
+
+
+def words_of(prompt: Prompt) -> str:
+    """The prompt's text, or all that is written in the turns of its conversation before an assistant's."""
+    if prompt.text or not prompt.messages:
+        return prompt.text
+    turns = [message for message in prompt.messages if message.get("role") == "user"]
+    return "\n".join(part["text"] for turn in turns for part in _parts(turn) if part.get("type") == "text")
+
+
+def prompt_pictures(prompt: Prompt, frames: int, where: str) -> tuple[Picture, ...]:
+    """The pictures and sampled frames that a prompt shows, in the order in which it does.
+
+    Args:
+        where: begins the message of an error.
+    """
+    images, videos = iter(prompt.images), iter(prompt.videos)
+    shown: list[tuple[str, Any]] = []
+    for message in prompt.messages:
+        for part in _parts(message):
+            kind = part.get("type")
+            if kind in ("image", "video"):
+                own = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
+                shown.append((kind, own if own is not None else next(images if kind == "image" else videos, None)))
+    shown += [("image", image) for image in images] + [("video", video) for video in videos]
+    found: list[Picture] = []
+    for kind, medium in shown:
+        if medium is None:
+            raise UserError(f"{where}: its messages show more {kind}s than the row has")
+        pictures = [medium] if kind == "image" else frames_of(medium, frames, where)
+        found += [as_picture(picture, where) for picture in pictures]
+    return tuple(found)
+
+
+def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    content = message.get("content") or ()
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def as_picture(picture: Any, where: str = "picture") -> Picture:
+    """A tensor ``[3, H, W]`` in [0, 1], a PIL picture or the path of a file.
+
+    Raises:
+        UserError: it is none of these, or cannot be opened; ``where`` begins the message.
+    """
+    from PIL import Image
+
+    if isinstance(picture, Tensor):
+        image = to_pil(picture)
+    elif isinstance(picture, Image.Image):
+        image = picture.convert("RGB")
+    elif isinstance(picture, (str, Path)):
+        try:
+            with Image.open(picture) as opened:
+                image = opened.convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{where}: picture '{picture}' cannot be opened: {error}") from error
+    else:
+        raise UserError(f"{where}: a picture is {type(picture).__name__}, but should be a path, PIL picture or tensor")
+    digest = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16)
+    return Picture(digest.digest(), image)
+
+
+def frames_of(video: Any, count: int, where: str) -> list[Any]:
+    """``count`` frames, evenly spread, of a clip: a sequence of pictures, ``[F, 3, H, W]``, or the path of a file.
+
+    GIF and WebP are read by Pillow; other files by transformers, which needs PyAV for it.
+    """
+    if not isinstance(video, (str, Path)):
+        return [video[i] for i in spread(len(video), count)]
+    from PIL import Image, ImageSequence
+
+    if Path(video).suffix.lower() in (".gif", ".webp"):
+        try:
+            with Image.open(video) as opened:
+                found = [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{where}: clip '{video}' cannot be opened: {error}") from error
+        return [found[i] for i in spread(len(found), count)]
+    if not Path(video).is_file():
+        raise UserError(f"{where}: there is no clip '{video}'")
+    from transformers.video_utils import load_video
+
+    try:
+        found, _ = load_video(str(video), num_frames=count)
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(f"{where}: clip '{video}' cannot be read: {error}") from error
+    return [Image.fromarray(frame) for frame in found]
+
+
+def spread(length: int, count: int) -> list[int]:
+    """``count`` positions among ``length``, the first and the last among them; all of them where there are fewer."""
+    if count >= length:
+        return list(range(length))
+    return [length // 2] if count == 1 else [round(i * (length - 1) / (count - 1)) for i in range(count)]
+
+
+class Question:
+    """A text with fields such as ``{prompt}``, which become words or pictures.
+
+    Args:
+        template: braces around anything that is no field are left alone.
+        words: fields that may stand in the template.
+        pictures: fields for pictures; those that the template does not name are put in front of it, in this order.
+        where: begins the message of an error.
+
+    Raises:
+        UserError: the template names a field that there is not.
+    """
+
+    def __init__(self, template: str, words: Sequence[str], pictures: Sequence[str] = ("media",), where: str = ""):
+        named = re.findall(r"\{(\w+)\}", template)
+        for name in named:
+            if name not in (*words, *pictures):
+                raise UserError(f"{where}: the question has {{{name}}} in it{nearest(name, [*words, *pictures])}")
+        self.template = "".join(f"{{{name}}}" for name in pictures if name not in named) + template
+
+    def case(self, **fields: str | Sequence[Picture]) -> Case:
+        """The question about one sample; what is put into a field is not searched for fields again."""
+        parts: list[Part] = []
+        # Split by a group: text, field, text, field, ..., text.
+        for i, piece in enumerate(re.split(r"\{(\w+)\}", self.template)):
+            value = fields[piece] if i % 2 else piece
+            for part in [value] if isinstance(value, str) else value:
+                if isinstance(part, str) and parts and isinstance(parts[-1], str):
+                    parts[-1] += part
+                elif part != "":
+                    parts.append(part)
+        return tuple(parts)
