@@ -34,9 +34,15 @@ class Sampling:
 
 @dataclass
 class Completions:
-    """Drawn tokens ``[N, T]`` with log-probs, lengths ``[N]``, whether cut by the limit, and hidden values if asked.
+    """What was drawn for N rows; 0 beyond a row's length.
 
-    ``logp`` and ``value`` are 0 beyond a row's length.
+    Attributes:
+        tokens, logp: ``[N, T]``; the log-probs are on the device.
+        lengths: long ``[N]``.
+        truncated: bool ``[N]``, cut by the limit.
+        value: ``[N, T]`` predicted returns, from a policy with a value head.
+        cache, mask: only if asked for: the cache to go on from, and which of its tokens ``[N, S]`` are there. The last
+            token of each row is drawn, but not in the cache yet.
     """
 
     tokens: Tensor
@@ -44,6 +50,21 @@ class Completions:
     lengths: Tensor
     truncated: Tensor
     value: Tensor | None = None
+    cache: Any = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: Sequence[Completions]) -> Completions:
+        """Join row-wise, as wide as the widest; caches are left behind."""
+        width = max(part.tokens.shape[1] for part in parts)
+        value = None if parts[0].value is None else torch.cat([widened(part.value, width) for part in parts])
+        return cls(
+            torch.cat([widened(part.tokens, width) for part in parts]),
+            torch.cat([widened(part.logp, width) for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            torch.cat([part.truncated for part in parts]),
+            value,
+        )
 
 
 class Decoder:
@@ -53,14 +74,14 @@ class Decoder:
         network: the model.
         eos: ids that end a completion, long ``[E]``.
         banned: ids that are never drawn, long ``[X]``, or None.
-        decode: tokens ``[N, t]`` to texts, for stop strings.
+        tokenizer: finds stop strings.
     """
 
-    def __init__(self, network: Network, eos: Tensor, banned: Tensor | None, decode: Callable[[Tensor], Sequence[str]]):
+    def __init__(self, network: Network, eos: Tensor, banned: Tensor | None, tokenizer: Any):
         self.network = network
         self.eos = eos
         self.banned = banned
-        self.decode = decode
+        self.tokenizer = tokenizer
 
     @torch.no_grad()
     def __call__(
@@ -74,6 +95,7 @@ class Decoder:
         sampling: Sampling,
         value_head: Callable[[Tensor], Tensor] | None = None,
         limits: Tensor | None = None,
+        keep_cache: bool = False,
     ) -> Completions:
         """Continue N rows until each has ended or reached its limit.
 
@@ -84,7 +106,8 @@ class Decoder:
             next_position: long ``[N]``.
             axes: 1, or 3 for positions in three dimensions.
             uniforms: ``[N, T]`` in [0, 1): row k's token t is drawn with ``uniforms[k, t]`` alone.
-            limits: long ``[N]``, tokens allowed per row; the default is ``max_new_tokens``.
+            limits: long ``[N]``, tokens allowed per row, at least 1; the default is ``max_new_tokens``.
+            keep_cache: give back the cache, for dialogues that go on; rows that are done then stay until the end.
         """
         device = self.network.device
         rows, steps = len(state), sampling.max_new_tokens
@@ -113,22 +136,25 @@ class Decoder:
             left = int(going.sum())
             if left == 0:
                 break
-            if 2 * left <= len(live):
+            if 2 * left <= len(live) and not keep_cache:
                 # Rows that are done cost as much as the others, so they leave once half are; what the remaining ones
                 # draw meanwhile is forgotten.
                 keep = going.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 live, going, mask, drawn = live[keep], going[keep], mask[keep], drawn[keep]
-            mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
+            mask = torch.cat([mask, going[:, None].to(mask.dtype)], 1)
             position = (next_position[live] + step)[:, None, None].expand(-1, axes, 1)
             states, cache = advance(self.network, cache, drawn[:, None], position, mask)
             state = states[:, 0]
-        return self._finished(tokens, logp, lengths, ended, value)
+        found = self._finished(tokens, logp, lengths, ended, value)
+        if keep_cache:
+            found.cache, found.mask = cache, mask
+        return found
 
     def _stopped(self, tokens: Tensor, stop: Sequence[str]) -> Tensor:
         # A stop string of n characters can take up n tokens and may begin inside the first of them.
         tail = tokens[:, -(max(len(word) for word in stop) + 1) :]
-        texts = self.decode(tail)
+        texts = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
         return torch.tensor([any(word in text for word in stop) for text in texts], device=tokens.device)
 
     def _finished(
@@ -167,3 +193,9 @@ def draw(scaled: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     place = place.clamp(max=probabilities.shape[-1] - 1)
     chosen = place if ids is None else ids.gather(-1, place)
     return torch.where(inside[:, 0], chosen[:, 0], best)
+
+
+def widened(values: Tensor, width: int) -> Tensor:
+    """``[N, t]`` with zeros up to ``[N, width]``."""
+    missing = width - values.shape[1]
+    return values if missing == 0 else torch.nn.functional.pad(values, (0, missing))

@@ -73,6 +73,7 @@ class Reader:
         self.system_prompt = system_prompt
         self.max_tokens = max_tokens
         self.chat_options = dict(chat_options or {})
+        self._image_id = getattr(model.config, "image_token_id", None)
         self._rope_index = getattr(model.base_model, "get_rope_index", None)
         self._has_template = any(getattr(p, "chat_template", None) for p in (processor, self.tokenizer))
 
@@ -131,7 +132,7 @@ class Reader:
         if pictures:
             given["images"] = [list(pictures)]
         if clips:
-            given["videos"] = [list(clips)]
+            given |= {"videos": [list(clips)]} | _clip_options(self.processor, clips)
         bos = self.tokenizer.bos_token
         if not first or (bos and text.startswith(bos)):
             given["add_special_tokens"] = False
@@ -144,6 +145,11 @@ class Reader:
             raise UserError(
                 f"row '{row}': its prompt has {len(ids)} tokens, but at most {self.max_tokens} are allowed "
                 "(max_prompt_tokens, or the context less max_new_tokens); shrink its pictures or leave it out"
+            )
+        if pictures and self._image_id is not None and self._image_id not in ids:
+            raise UserError(
+                f"row '{row}': processor and model disagree: {type(self.processor).__name__} wrote no token "
+                f"{self._image_id}, which is where the model puts pictures; load both from one place"
             )
         tensors = {key: value for key, value in data.items() if key not in TEXT_KEYS}
         media = []
@@ -201,6 +207,15 @@ def prompt_keys(prompts: Sequence[Prompt]) -> Iterator[tuple[str, int]]:
         name = prompt.id or prompt.text or repr(prompt.messages)
         yield name, seen.setdefault(name, 0)
         seen[name] += 1
+
+
+def _clip_options(processor: Any, clips: Sequence[Any]) -> dict[str, Any]:
+    """Frames given as pictures are all read, as if taken at the processor's own rate; files it samples itself."""
+    if not all(isinstance(clip, list) for clip in clips):
+        return {}
+    rate = getattr(processor.video_processor, "fps", None) or 2.0
+    metadata = [{"total_num_frames": len(c), "fps": rate, "frames_indices": list(range(len(c)))} for c in clips]
+    return {"do_sample_frames": False, "video_metadata": metadata}
 
 
 def _parts(content: Any, row: str) -> list[dict[str, Any]]:

@@ -69,14 +69,6 @@ def check_pair(model: Any, processor: Any) -> None:
         raise UserError(f"{type(processor).__name__} has no tokenizer: give the processor that belongs to the model")
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values())
-    for kind in ("image", "video"):
-        ours = getattr(processor, f"{kind}_token_id", None)
-        theirs = getattr(model.config, f"{kind}_token_id", None)
-        if isinstance(ours, int) and isinstance(theirs, int) and ours != theirs:
-            raise UserError(
-                f"processor and model disagree: the {kind} token is {ours} for {type(processor).__name__} and "
-                f"{theirs} for {type(model).__name__}; load both from one place"
-            )
     if largest >= rows and largest != getattr(model.config, "image_token_id", None):
         raise UserError(
             f"processor and model disagree: the tokenizer has ids up to {largest}, the model only {rows} embeddings; "

@@ -6,13 +6,16 @@ import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.vlm.inputs import TOKEN_TYPES, Processed, join_tensors
 from pipelines.vlm.media import Media, moved
+
+if TYPE_CHECKING:
+    from pipelines.vlm.prefix import Trace
 
 
 class Network:
@@ -43,19 +46,34 @@ class Network:
         """Where inputs go."""
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and pictures."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits per token."""
+        return self.head.weight.shape[0]
+
+    def needs_full_run(self, trace: Trace) -> bool:
+        """Whether pictures that come after the prompt are seen in both directions, which a cache cannot give."""
+        return any(trace.media) and any("token_type_ids" in prompt.token_types for prompt in trace.prompts)
+
     def features(self, media: Media) -> dict[str, Any]:
         """Per modality what the vision tower and projector make of processed pictures."""
         if media.features is not None:
             return media.features
-        dtype = self.model.get_input_embeddings().weight.dtype
-        given = {key: moved(value, self.device, dtype) for key, value in media.tensors.items()}
+        given = {key: moved(value, self.device, self.dtype) for key, value in media.tensors.items()}
         found = {}
-        for kind, count in (("image", media.images), ("video", media.videos)):
-            encode = self._encoder(kind)
-            if count and encode is not None:
+        # Some processors write the frames of clips among the pictures.
+        for kind, there in (("image", "pixel_values" in given), ("video", "pixel_values_videos" in given)):
+            if there:
+                encode = self._encoder(kind)
                 names = inspect.signature(encode).parameters
                 found[kind] = _kept(encode(**{k: v for k, v in given.items() if k in names}, return_dict=True))
-                self.counters[f"{kind}s_encoded"] += count
+        self.counters["images_encoded"] += media.images
+        self.counters["videos_encoded"] += media.videos
         if self.keep_features:
             media.features = found
         return found
@@ -71,9 +89,8 @@ class Network:
             return {"mm_encoder_outputs": joined}
         for one in media:
             self.counters["images_encoded"] += one.images
-        dtype = self.model.get_input_embeddings().weight.dtype
         joined = join_tensors([one.tensors for one in media])
-        return {key: moved(value, self.device, dtype) for key, value in joined.items() if key in self.accepted}
+        return {key: moved(value, self.device, self.dtype) for key, value in joined.items() if key in self.accepted}
 
     def prefill(self, prompts: Sequence[Processed]) -> tuple[Tensor, Any, Tensor]:
         """Run prompts once, padded on the left.
@@ -189,4 +206,4 @@ def _type_of_next_token(model: Any, key: str) -> int:
     from transformers.utils import ModelOutput
 
     known = {key: torch.zeros(1, 1, dtype=torch.long)}
-    return int(model._update_model_kwargs_for_generation(ModelOutput(), known)[key][0, -1])
+    return int(model._update_model_kwargs_for_generation(ModelOutput(), known, False)[key][0, -1])

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,13 +20,13 @@ from mmrl.types import Decisions, Prompt, Rollout, Samples
 from pipelines.adapters import LoRA
 from pipelines.loading import quiet
 from pipelines.vlm import loading, training
-from pipelines.vlm.decoding import Decoder, Sampling
-from pipelines.vlm.inputs import Reader, prompt_keys
+from pipelines.vlm.decoding import Completions, Decoder, Sampling, widened
+from pipelines.vlm.inputs import Processed, Reader, prompt_keys
 from pipelines.vlm.loading import LoadedVLM
 from pipelines.vlm.network import Network
-from pipelines.vlm.prefix import Trace, states_plain, states_shared, text_trace, unique_prompts
+from pipelines.vlm.prefix import Trace, text_trace, unique_prompts
+from pipelines.vlm.scoring import Scorer, Scores, Share
 from pipelines.vlm.supervised import Answers
-from pipelines.vlm.token_logps import token_logps
 from pipelines.vlm.training import Part, ValueHead, VLMLoRA
 from pipelines.vlm.vocabulary import banned_ids, end_ids
 
@@ -78,7 +79,7 @@ class VLMPolicy:
         top_p: Annotated[float, Field(gt=0, le=1)] = 1.0,
         top_k: Annotated[int, Field(ge=0)] = 0,
         stop: Sequence[str] = (),
-        share_prefix: Literal["auto", "always", "never"] = "auto",
+        share_prefix: Share = "auto",
         ban_media_tokens: bool = True,
         max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None,
         system_prompt: str | None = None,
@@ -110,14 +111,13 @@ class VLMPolicy:
         self.keep_entropy = keep_entropy
         self.keep_mean = False
         self.fit_reduction = fit_reduction
-        self.logits_in_memory = logits_in_memory
         if max_prompt_tokens is None and self.network.context is not None:
             max_prompt_tokens = max(1, self.network.context - max_new_tokens)
         self.reader = Reader(model, processor, self.counters, system_prompt, max_prompt_tokens, chat_options)
         self.tokenizer = self.reader.tokenizer
         self.eos = end_ids(model, self.tokenizer)
         self.banned = banned_ids(model, processor, self.eos) if ban_media_tokens else None
-        self.decoder = Decoder(self.network, self.eos, self.banned, self._texts)
+        self.decoder = Decoder(self.network, self.eos, self.banned, self.tokenizer)
         self.answers = Answers(self.reader, self.eos)
         self.lora: LoRA | None = lora
         self.value_head = ValueHead(model.config.get_text_config().hidden_size) if value_head else None
@@ -125,11 +125,10 @@ class VLMPolicy:
             self.verbs = self.verbs - {"values"}
         self.parameters = training.choose_parameters(model, lora, freeze, self.value_head)
         self.network.keep_features = not training.features_train(self.parameters)
-        self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             training.enable_checkpointing(model)
             log.warning("gradient_checkpointing: updates run every row in full, since recomputation excludes caches")
-        self._sharing: bool | None = {"auto": None, "always": True, "never": False}[share_prefix]
+        self.scorer = Scorer(self.network, share_prefix, gradient_checkpointing, self.value_head, logits_in_memory)
 
     @staticmethod
     def validate(model: str | None = None, **others: Any) -> None:
@@ -170,52 +169,51 @@ class VLMPolicy:
         """
         keys = list(prompt_keys(prompts))
         draws = [generator(seed, "sample", *key, k) for key in keys for k in range(group_size)]
-        return self._sample(prompts, group_size, draws, self.sampling)
+        rollout = self._sample(prompts, group_size, draws, self.sampling)
+        self.scorer.check(rollout.trace, rollout.logp, self.temperature, self.banned)
+        if self.scorer.resample:
+            with torch.no_grad():
+                found = self.decisions(rollout)
+            rollout.logp, rollout.value = found.logp, found.value
+        return rollout
 
     @torch.no_grad()
     def _sample(
         self, prompts: Sequence[Prompt], group_size: int, draws: Sequence[torch.Generator], sampling: Sampling
     ) -> Rollout:
-        processed = self.reader.read(prompts)
-        longest = sampling.max_new_tokens
-        uniforms = torch.stack([torch.rand(longest, generator=draw) for draw in draws])
-        numbers = torch.arange(len(prompts)).repeat_interleave(group_size)
-        parts = []
-        # Prompts that are there twice run once, if they are in the same portion.
-        for begin in range(0, len(numbers), max(1, self.rollout_batch_size // group_size) * group_size):
-            rows = slice(begin, begin + max(1, self.rollout_batch_size // group_size) * group_size)
-            own = [processed[i] for i in numbers[rows].tolist()]
-            distinct, place = unique_prompts(own)
-            state, cache, mask = self.network.prefill(distinct)
-            place = place.to(self.device)
-            if len(distinct) < len(own):
-                cache.batch_select_indices(place)
-            start = torch.tensor([len(prompt) + prompt.delta for prompt in own])
-            axes = len(own[0].positions)
-            parts.append(
-                self.decoder(state[place], cache, mask[place], start, axes, uniforms[rows], sampling, self.value_head)
-            )
-        width = max(part.tokens.shape[1] for part in parts)
-        join = [torch.cat([_widened(getattr(part, name), width) for part in parts]) for name in ("tokens", "logp")]
-        value = None
-        if self.value_head is not None:
-            value = torch.cat([_widened(part.value, width) for part in parts])
-        lengths = torch.cat([part.lengths for part in parts])
-        truncated = torch.cat([part.truncated for part in parts])
-        tokens, logp = join
-        own = [processed[i] for i in numbers.tolist()]
-        trace = text_trace(own, tokens, lengths)
-        samples = Samples(
-            [prompts[i] for i in numbers.tolist()],
-            texts=self._completion_texts(tokens, lengths),
-            truncated=truncated,
-            lengths=lengths,
-            sizes=[prompt.sizes for prompt in own],
-            group=numbers,
+        processed = [prompt for prompt in self.reader.read(prompts) for _ in range(group_size)]
+        uniforms = torch.stack([torch.rand(sampling.max_new_tokens, generator=draw) for draw in draws])
+        group = torch.arange(len(prompts)).repeat_interleave(group_size)
+        portion = max(1, self.rollout_batch_size // group_size) * group_size
+        found = Completions.cat(
+            [
+                self._complete(processed[begin : begin + portion], uniforms[begin : begin + portion], sampling)
+                for begin in range(0, len(processed), portion)
+            ]
         )
-        mask = trace.live(width).to(self.device)
-        rollout = Rollout(samples, logp, mask, numbers, trace, value=value)
-        return rollout
+        trace = text_trace(processed, found.tokens, found.lengths)
+        samples = Samples(
+            [prompts[i] for i in group.tolist()],
+            texts=self.decode(found.tokens, found.lengths),
+            truncated=found.truncated,
+            lengths=found.lengths,
+            sizes=[prompt.sizes for prompt in processed],
+            group=group,
+        )
+        mask = trace.live(found.tokens.shape[1])
+        return Rollout(samples, found.logp, mask.to(self.device), group, trace, value=found.value)
+
+    def _complete(self, prompts: Sequence[Processed], uniforms: Tensor, sampling: Sampling) -> Completions:
+        """Completions of rows; equal prompts run once."""
+        distinct, place = unique_prompts(prompts) if self.share_prefix != "never" else (prompts, None)
+        state, cache, mask = self.network.prefill(distinct)
+        if place is not None and len(distinct) < len(prompts):
+            place = place.to(self.device)
+            cache.batch_select_indices(place)
+            state, mask = state[place], mask[place]
+        position = torch.tensor([len(prompt) + prompt.delta for prompt in prompts])
+        axes = len(prompts[0].positions)
+        return self.decoder(state, cache, mask, position, axes, uniforms, sampling, self.value_head)
 
     def decisions(self, rollout: Rollout, steps: Sequence[int] | None = None) -> Decisions:
         """Score recorded tokens again, with gradient; 0 where there was no decision.
@@ -225,10 +223,10 @@ class VLMPolicy:
             steps: columns of ``rollout.logp``; default all.
         """
         total = rollout.logp.shape[1]
-        scored = self._score(rollout.trace, rollout.mask.cpu(), self.temperature, self.banned, self.keep_entropy)
-        found = Decisions(*(None if x is None else _widened(x, total) for x in scored[:1]))
-        found.entropy = None if scored[1] is None else _widened(scored[1], total)
-        found.value = None if scored[2] is None else _widened(scored[2], total)
+        scores = self._score(rollout.trace, rollout.mask.cpu(), self.temperature, self.banned, self.keep_entropy)
+        entropy = None if scores.entropy is None else widened(scores.entropy, total)
+        value = None if scores.value is None else widened(scores.value, total)
+        found = Decisions(widened(scores.logp, total), entropy=entropy, value=value)
         return found if steps is None or list(steps) == list(range(total)) else found.columns(list(steps))
 
     def decision_chunks(self, rollout: Rollout) -> list[list[int]]:
@@ -245,7 +243,7 @@ class VLMPolicy:
             trace, mask = samples.trace, samples.mask.cpu()
         else:
             trace, mask = self.answers.trace(samples)
-        logp = self._score(trace, mask, 1.0, None, False)[0]
+        logp = self._score(trace, mask).logp
         total = -logp.sum(1)
         return total / mask.sum(1).clamp(min=1).to(total.device) if self.fit_reduction == "mean" else total
 
@@ -255,13 +253,7 @@ class VLMPolicy:
         if grad_steps:
             raise UserError("a language model's samples carry no gradient: grad_steps needs a diffusion pipeline")
         draws = [generator(seed, "sample") for seed in seeds]
-        sampling = Sampling(
-            self.sampling.max_new_tokens,
-            self.eval_temperature,
-            self.sampling.top_p,
-            self.sampling.top_k,
-            self.sampling.stop,
-        )
+        sampling = replace(self.sampling, temperature=self.eval_temperature)
         return self._sample(prompts, 1, draws, sampling).samples
 
     def reference(self) -> contextlib.AbstractContextManager[None]:
@@ -282,67 +274,23 @@ class VLMPolicy:
         if self.value_head is not None:
             training.save_value_head(self.value_head, folder)
 
-    def _score(
-        self, trace: Trace, mask: Tensor, temperature: float, banned: Tensor | None, with_entropy: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probs, entropies and values ``[N, t]`` for the tokens that are there, up to the longest row."""
-        parts = []
-        for begin in range(0, len(trace.prompts), self.batch_size):
-            rows = slice(begin, begin + self.batch_size)
-            parts.append(self._score_batch(trace[rows], mask[rows], temperature, banned, with_entropy))
-        if len(parts) == 1:
-            return parts[0]
-        width = max(part[0].shape[1] for part in parts)
-        joined = [
-            None if column[0] is None else torch.cat([_widened(x, width) for x in column])
-            for column in zip(*parts, strict=True)
-        ]
-        return tuple(joined)
-
-    def _score_batch(
-        self, trace: Trace, mask: Tensor, temperature: float, banned: Tensor | None, with_entropy: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        states = self._states(trace)
-        length = states.shape[1]
-        mask = mask[:, :length].to(self.device)
-        tokens = trace.tokens[:, :length].to(self.device)
-        logp, entropy = token_logps(
-            states[mask],
-            tokens[mask],
-            self.network.logits,
-            temperature,
-            None if banned is None else banned.to(self.device),
-            with_entropy,
-            self.logits_in_memory,
-            self.model.get_output_embeddings().weight.shape[0],
-        )
-
-        def spread(values: Tensor) -> Tensor:
-            return torch.zeros(mask.shape, device=self.device).masked_scatter(mask, values)
-
-        value = None if self.value_head is None else self.value_head(states) * mask
-        return spread(logp), None if entropy is None else spread(entropy), value
-
-    def _states(self, trace: Trace) -> Tensor:
-        """Hidden states ``[N, t, H]`` that each token is predicted from."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            with training.checkpointing(self.model):
-                return states_plain(self.network, trace)
-        if self._sharing is None:
-            self._sharing = True
-        return states_shared(self.network, trace) if self._sharing else states_plain(self.network, trace)
-
-    def _texts(self, tokens: Tensor) -> list[str]:
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-    def _completion_texts(self, tokens: Tensor, lengths: Tensor) -> list[str]:
+    def decode(self, tokens: Tensor, lengths: Tensor) -> list[str]:
+        """Texts of ``tokens [N, T]`` up to ``lengths [N]``, without special tokens."""
         return [
             self.tokenizer.decode(row[:length], skip_special_tokens=True)
             for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)
         ]
 
-
-def _widened(values: Tensor, width: int) -> Tensor:
-    """``[N, t]`` with zeros up to ``[N, width]``."""
-    missing = width - values.shape[1]
-    return values if missing == 0 else torch.nn.functional.pad(values, (0, missing))
+    def _score(self, trace: Trace, mask: Tensor, *how: Any) -> Scores:
+        """Scores of all rows; without gradient at most ``batch_size`` at a time."""
+        if torch.is_grad_enabled() or len(trace) <= self.batch_size:
+            return self.scorer(trace, mask, *how)
+        rows = [slice(begin, begin + self.batch_size) for begin in range(0, len(trace), self.batch_size)]
+        parts = [vars(self.scorer(trace[part], mask[part], *how)) for part in rows]
+        width = max(part["logp"].shape[1] for part in parts)
+        return Scores(
+            **{
+                name: None if parts[0][name] is None else torch.cat([widened(part[name], width) for part in parts])
+                for name in parts[0]
+            }
+        )

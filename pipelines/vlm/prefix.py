@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmrl.types import Rows
-from pipelines.vlm.inputs import Processed
+from pipelines.vlm.inputs import Processed, Reader
 from pipelines.vlm.media import Media
 from pipelines.vlm.network import Network, position_ids
 
@@ -50,6 +50,32 @@ def text_trace(prompts: Sequence[Processed], tokens: Tensor, lengths: Tensor) ->
     return Trace(
         list(prompts), tokens, lengths, torch.stack(positions), torch.zeros_like(tokens), [[] for _ in prompts]
     )
+
+
+def joined_trace(
+    reader: Reader, heads: Sequence[Processed], rest: Sequence[Sequence[tuple[Processed, bool]]]
+) -> tuple[Trace, Tensor]:
+    """The trace of conversations, and the tokens ``[N, T]`` of it that are the model's to say.
+
+    Args:
+        heads: prompts.
+        rest: per row what followed, in order, each part with whether the model says it; parts may hold pictures.
+    """
+    lengths = torch.tensor([sum(len(part) for part, _ in parts) for parts in rest])
+    rows, width = len(heads), int(lengths.max())
+    tokens, mask = torch.zeros(rows, width, dtype=torch.long), torch.zeros(rows, width, dtype=torch.bool)
+    types, positions = torch.zeros_like(tokens), torch.zeros(rows, len(heads[0].positions), width, dtype=torch.long)
+    media = []
+    for i, (head, parts) in enumerate(zip(heads, rest, strict=True)):
+        begin = 0
+        for part, counts in parts:
+            place = slice(begin, begin + len(part))
+            tokens[i, place], mask[i, place] = part.ids, counts
+            types[i, place] = part.token_types.get("mm_token_type_ids", torch.zeros_like(part.ids))
+            begin += len(part)
+        media.append([one for part, _ in parts for one in part.media])
+        positions[i, :, :begin] = reader.positions_after(head, tokens[i, :begin], types[i, :begin], media[i])
+    return Trace(list(heads), tokens, lengths, positions, types, media), mask
 
 
 def unique_prompts(prompts: Sequence[Processed]) -> tuple[list[Processed], Tensor]:
@@ -113,6 +139,41 @@ def advance(
         use_cache=True,
         **inputs,
     )
+
+
+def extend(
+    network: Network,
+    cache: Any,
+    mask: Tensor,
+    ids: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    media: Sequence[Media] = (),
+    types: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Any, Tensor]:
+    """Let each row's cache go on by its own tokens, with pictures: what a dialogue does between turns.
+
+    Args:
+        mask: ``[N, S]``, which of the cached tokens are there.
+        ids: per row long ``[t_i]``, at least one, padded here on the left.
+        positions: per row ``[1 or 3, t_i]``.
+        media: of all rows, in order.
+        types: per row ``[t_i]``, see :class:`Trace`.
+
+    Returns:
+        hidden state ``[N, H]`` of each last token, the cache, and its mask ``[N, S + t]``.
+    """
+    longest = max(len(row) for row in ids)
+    tokens = torch.full((len(ids), longest), int(ids[0][-1]))
+    there, kinds = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    places = torch.zeros(len(ids), len(positions[0]), longest, dtype=torch.long)
+    for i, row in enumerate(ids):
+        tail = slice(longest - len(row), longest)
+        tokens[i, tail], there[i, tail], places[i, :, tail] = row, 1, positions[i]
+        if types is not None:
+            kinds[i, tail] = types[i]
+    mask = torch.cat([mask, there.to(mask.device, mask.dtype)], 1)
+    states, cache = advance(network, cache, tokens, places, mask, media, kinds)
+    return states[:, -1], cache, mask
 
 
 def states_plain(network: Network, trace: Trace) -> Tensor:

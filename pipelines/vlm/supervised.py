@@ -12,7 +12,7 @@ from mmrl.errors import UserError
 from mmrl.types import Prompt, Samples
 from pipelines.vlm.inputs import Processed, Reader
 from pipelines.vlm.media import Shelf
-from pipelines.vlm.prefix import Trace
+from pipelines.vlm.prefix import Trace, joined_trace
 
 
 class Answers:
@@ -49,7 +49,7 @@ class Answers:
                 head, parts = self._dialogue(prompt)
                 heads.append(head)
                 rest.append(parts)
-        return self._joined(heads, rest)
+        return joined_trace(self.reader, heads, rest)
 
     def _said(self, text: str, ended: bool = True) -> Processed:
         ids = self.reader.answer_ids(text) if text else torch.zeros(0, dtype=torch.long)
@@ -120,27 +120,6 @@ class Answers:
             "apart: give it as 'response'"
         )
 
-    def _joined(
-        self, heads: Sequence[Processed], rest: Sequence[Sequence[tuple[Processed, bool]]]
-    ) -> tuple[Trace, Tensor]:
-        lengths = torch.tensor([sum(len(part) for part, _ in parts) for parts in rest])
-        rows, width = len(heads), int(lengths.max())
-        tokens = torch.zeros(rows, width, dtype=torch.long)
-        types, mask = torch.zeros_like(tokens), torch.zeros(rows, width, dtype=torch.bool)
-        positions = torch.zeros(rows, len(heads[0].positions), width, dtype=torch.long)
-        media = []
-        for i, (head, parts) in enumerate(zip(heads, rest, strict=True)):
-            begin = 0
-            for part, counts in parts:
-                end = begin + len(part)
-                tokens[i, begin:end] = part.ids
-                types[i, begin:end] = _types(part)
-                mask[i, begin:end] = counts
-                begin = end
-            media.append([one for part, _ in parts for one in part.media])
-            positions[i, :, :begin] = self.reader.positions_after(head, tokens[i, :begin], types[i, :begin], media[i])
-        return Trace(list(heads), tokens, lengths, positions, types, media), mask
-
 
 def response(prompt: Prompt) -> str:
     """What a supervised row wants the model to say.
@@ -165,7 +144,3 @@ def _is_dialogue(prompt: Prompt) -> bool:
 
 def _count(messages: Sequence[Mapping[str, Any]], kind: str) -> int:
     return sum(part["type"] == kind for message in messages for part in message["content"])
-
-
-def _types(part: Processed) -> Tensor:
-    return part.token_types.get("mm_token_type_ids", torch.zeros_like(part.ids))
