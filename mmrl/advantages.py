@@ -5,12 +5,13 @@ Scores may hold NaN, "does not apply": such a sample is left out of every statis
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-AdvantageMethod = Literal["group", "mean", "batch", "global", "rloo", "none"]
+AdvantageMethod = Literal["group", "mean", "batch", "global", "rloo", "opo", "gpg", "pass_at_k", "none"]
 
 
 def group_sums(values: Tensor, group: Tensor) -> Tensor:
@@ -19,7 +20,13 @@ def group_sums(values: Tensor, group: Tensor) -> Tensor:
     return sums[group]
 
 
-def group_advantages(scores: Tensor, group: Tensor, method: AdvantageMethod = "group", eps: float = 1e-4) -> Tensor:
+def group_advantages(
+    scores: Tensor,
+    group: Tensor,
+    method: AdvantageMethod = "group",
+    eps: float = 1e-4,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """Advantage of each sample over a baseline.
 
     Args:
@@ -31,8 +38,12 @@ def group_advantages(scores: Tensor, group: Tensor, method: AdvantageMethod = "g
             ``batch``  (R - mean_g) / (std over all samples + eps), Flow-GRPO's global std (arXiv 2505.05470);
             ``global`` (R - mean over all) / (std over all + eps), DDPO without per-prompt statistics;
             ``rloo``   R - mean of the others in the group (arXiv 2402.14740);
+            ``opo``    R - mean_g weighted by length, the baseline of least variance (arXiv 2505.23585);
+            ``gpg``    (R - mean_g) N / (number of samples in groups with a spread), GPG (arXiv 2504.02546);
+            ``pass_at_k`` only the best of a group: (R_best - R_second) / (std_g + eps) (arXiv 2503.19595);
             ``none``   R.
         eps: keeps a tiny spread from blowing up.
+        lengths: ``[N]`` decisions of each sample, for ``opo``.
 
     Returns:
         ``[N]`` float32. Exactly 0 for NaN scores and, for every method with a group baseline, in groups whose scores
@@ -56,6 +67,16 @@ def group_advantages(scores: Tensor, group: Tensor, method: AdvantageMethod = "g
     elif method == "global":
         overall = values[valid].mean() if valid.any() else 0.0
         return torch.where(valid, (values - overall) / (_std(values[valid]) + eps), 0.0).float()
+    elif method == "opo":
+        weight = torch.where(valid, lengths.to(values), 0.0)
+        baseline = group_sums(weight * values, group) / group_sums(weight, group).clamp(min=1)
+        out = values - baseline
+    elif method == "gpg":
+        alive = (valid & ~constant).sum().clamp(min=1)
+        out = centred * valid.sum() / alive
+    elif method == "pass_at_k":
+        std = (group_sums(centred.square(), group) / (count - 1).clamp(min=1)).sqrt()
+        out = _lead_of_the_best(values, valid, group) / (std + eps)
     elif method == "none":
         return values.float()
     else:
@@ -85,6 +106,73 @@ def decoupled_advantages(
     return torch.where(valid, total, 0.0)
 
 
+def last_decision_rewards(scores: Tensor, mask: Tensor) -> Tensor:
+    """Rewards ``[N, T]`` that are 0 but for the last unmasked decision of each row, which gets the score (NaN: 0)."""
+    rewards = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, columns, -1).amax(1)
+    rows = (last >= 0).nonzero().flatten()
+    rewards[rows, last[rows]] = scores.to(rewards)[rows].nan_to_num(nan=0.0)
+    return rewards
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """``G_t = r_t + gamma G_{t+1}`` ``[N, T]``; masked decisions take no part and do not discount."""
+    running = torch.zeros_like(rewards[:, 0])
+    out = torch.zeros_like(rewards)
+    for t in reversed(range(rewards.shape[1])):
+        running = torch.where(mask[:, t], rewards[:, t] + gamma * running, running)
+        out[:, t] = running
+    return out * mask
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """GAE (arXiv 1506.02438): ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}``.
+
+    V and A are carried unchanged across masked decisions, such as the tokens of a tool; after the last one they are 0.
+
+    Returns:
+        Advantages and the returns ``A + V``, both ``[N, T]``, 0 where masked.
+    """
+    following = torch.zeros_like(rewards[:, 0])
+    running = torch.zeros_like(following)
+    out = torch.zeros_like(rewards)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        running = torch.where(mask[:, t], delta + gamma * lam * running, running)
+        following = torch.where(mask[:, t], values[:, t], following)
+        out[:, t] = running
+    return out * mask, (out + values) * mask
+
+
+def whiten(values: Tensor, mask: Tensor, total: Callable[[float], float] = float) -> Tensor:
+    """``(x - mean) / sqrt(var + 1e-8)`` over the unmasked decisions, variance unbiased; masked ones become 0.
+
+    Args:
+        values: ``[N, T]``.
+        total: sums a number over processes, so that statistics are those of all of them.
+    """
+    kept = values[mask].double()
+    count = total(len(kept))
+    mean = total(kept.sum().item()) / max(count, 1)
+    variance = total((kept - mean).square().sum().item()) / max(count - 1, 1)
+    return ((values - mean) / (variance + 1e-8) ** 0.5 * mask).to(values.dtype)
+
+
+def soft_advantages(advantage: Tensor, positive: float, negative: float) -> Tensor:
+    """Bend advantages: ``log(1 + p A) / p`` above 0, ``-(exp(n |A|) - 1) / n`` below; slope 1 at 0, straight for 0.
+
+    The large lead of a given answer is pressed together, differences among poor ones are pulled apart: the shape of
+    TempSamp-R1 (arXiv 2509.18056), here around 0 instead of a reward threshold.
+    """
+    above, below = advantage.clamp(min=0), advantage.clamp(max=0)
+    up = torch.log1p(positive * above) / positive if positive > 0 else above
+    down = -torch.expm1(-negative * below) / negative if negative > 0 else below
+    return up + down
+
+
 def constant_groups(scores: Tensor, group: Tensor, tolerance: float = 1e-6) -> Tensor:
     """Bool ``[N]``: the sample's group has no spread, so it carries no signal.
 
@@ -97,6 +185,17 @@ def constant_groups(scores: Tensor, group: Tensor, tolerance: float = 1e-6) -> T
     low = low.scatter_reduce(0, group, scores.nan_to_num(nan=torch.inf), "amin")
     spread = torch.where(high >= low, high - low, 0.0)
     return (spread <= tolerance * torch.maximum(high.abs(), low.abs()).clamp(min=1.0))[group]
+
+
+def _lead_of_the_best(values: Tensor, valid: Tensor, group: Tensor) -> Tensor:
+    """Best minus second best score of a group for its best sample (the first of equals), 0 for all others."""
+    out = torch.zeros_like(values)
+    for name in group.unique().tolist():
+        rows = ((group == name) & valid).nonzero().flatten()
+        if len(rows) > 1:
+            first, second = values[rows].topk(2).values
+            out[rows[values[rows].argmax()]] = first - second
+    return out
 
 
 def _std(values: Tensor) -> Tensor:

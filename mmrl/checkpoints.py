@@ -33,6 +33,7 @@ class TrainingState:
         updates: optimiser steps done in this stage.
         seconds: training time so far.
         scaler: state of the fp16 gradient scaler, if there is one.
+        algorithm: what the stage's algorithm carries from step to step, if anything.
     """
 
     stage: int = 0
@@ -40,6 +41,7 @@ class TrainingState:
     updates: int = 0
     seconds: float = 0.0
     scaler: dict[str, Any] | None = None
+    algorithm: dict[str, Any] | None = None
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:

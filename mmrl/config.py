@@ -277,6 +277,11 @@ def check_fit(pipeline: Component, stage: StageConfig, where: str) -> None:
             f"{where}: algorithm '{stage.algorithm.type}' needs a policy that offers {', '.join(missing)}, "
             f"but pipeline '{pipeline.type}' offers {', '.join(sorted(offered))}"
         )
+    if isinstance(offered, (set, frozenset)) and hasattr(algorithm, "defaults_for"):
+        # Written out, so that the plan and the run's own config say what an option that was not given stands for.
+        for key, value in algorithm.defaults_for(frozenset(offered)).items():
+            if stage.algorithm.options[key] is None:
+                stage.algorithm.options[key] = value
     if algorithm.needs_rewards and not stage.rewards:
         raise UserError(f"{where}: 'rewards' is empty, but algorithm '{stage.algorithm.type}' needs at least one")
     if algorithm.needs_gradient_of_reward:

@@ -410,6 +410,15 @@ class PromptSampler:
         first = step * self.batch_size + self.rank * share
         return [self._at(position) for position in range(first, first + share)]
 
+    def extra(self, step: int, attempt: int, count: int) -> list[Prompt]:
+        """``count`` more prompts for this process, beyond :meth:`batch`, when step ``step`` asks for the n-th time.
+
+        A function of seed, step and attempt; the processes' prompts differ as long as there are enough.
+        """
+        drawn = torch.randperm(len(self.prompts), generator=generator(self.seed, "extra", step, attempt))
+        first = self.rank * count
+        return [self.prompts[int(drawn[(first + k) % len(drawn)])] for k in range(count)]
+
     def _at(self, position: int) -> Prompt:
         epoch, offset = divmod(position, len(self.prompts))
         if not self.shuffle:

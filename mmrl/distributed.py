@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,22 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
+
+
+def gather_ragged(rows: Tensor) -> Tensor:
+    """Rows of all processes in rank order, on the CPU, where processes may bring different numbers of them."""
+    if world_size() == 1:
+        return rows.cpu()
+    return torch.cat(gather_objects(rows.cpu()))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One picklable value of each process, in rank order."""
+    if world_size() == 1:
+        return [value]
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, value)
+    return parts
 
 
 @torch.no_grad()

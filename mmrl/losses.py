@@ -11,10 +11,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-Aggregation = Literal["sequence", "token", "constant"]
+Aggregation = Literal["sequence", "token", "constant", "blocks"]
 SampledKL = Literal["k1", "k2", "k3"]
+KLGradient = Literal["value", "k2"]
 
 
 def clipped_loss(
@@ -23,7 +23,7 @@ def clipped_loss(
     """PPO's pessimistic clip (arXiv 1707.06347) with separate bounds (DAPO, arXiv 2503.14476).
 
     ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``; with ``dual_clip=c`` (> 1) the loss of a negative advantage
-    is at most ``-c A`` (arXiv 1912.09729).
+    is at most ``-c A`` (arXiv 1912.09729). That is also what INTELLECT-2's two-sided ``delta = c`` does.
     """
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high))
     if dual_clip is not None:
@@ -46,11 +46,48 @@ def reinforce_loss(logp: Tensor, advantage: Tensor) -> Tensor:
     return -advantage * logp
 
 
+def soft_clipped_loss(ratio: Tensor, advantage: Tensor, positive: float = 1.0, negative: float = 1.05) -> Tensor:
+    """SAPO (arXiv 2511.20347): ``-A (4 / tau) sigmoid(tau (r - 1))``, a clip without an edge.
+
+    ``tau`` is ``positive`` for advantages above 0, else ``negative``; the gradient at r = 1 is that of ``-A r``.
+    """
+    tau = torch.where(advantage > 0, positive, negative)
+    return -advantage * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
+
+
+def geometric_mean_loss(
+    log_ratio: Tensor, advantage: Tensor, mask: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """GMPO (arXiv 2507.20673): minus A times the geometric mean of a sample's clipped ratios, for each decision.
+
+    The pessimistic clip is on the log-ratio, to ``[-clip_low, clip_high]``. With per-sample advantages and the
+    ``sequence`` aggregation this is the published loss.
+    """
+    clipped = log_ratio.clamp(-clip_low, clip_high)
+    bounded = torch.where(advantage > 0, torch.minimum(log_ratio, clipped), torch.maximum(log_ratio, clipped))
+    return -advantage * _masked_mean(bounded, mask).exp()
+
+
+def regression_loss(log_ratio: Tensor, advantage: Tensor, mask: Tensor, scale: float, centre: Tensor) -> Tensor:
+    """Reg-GRPO: regress a sample's advantage on its log-ratio (DeepVideo-R1, arXiv 2506.07464), for each decision.
+
+    ``(scale (s - centre) - A)^2 / (2 scale)`` with ``s`` the sample's mean log-ratio: at the optimum of the
+    KL-regularised objective the reward is the scaled log-ratio up to a constant of the prompt. ``centre`` ``[N, 1]`` is
+    the group's mean of ``s``, a constant: its own gradient vanishes, since residuals sum to 0 in a group. On-policy the
+    gradient is that of REINFORCE with the sample's mean log-prob; no clip is needed.
+    """
+    residual = scale * (_masked_mean(log_ratio, mask) - centre) - advantage
+    return residual.square() / (2 * scale)
+
+
 def sequence_log_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
     """GSPO (arXiv 2507.18071): mean log-ratio of a sample's decisions, the same for each of them: ``[N, t]``."""
-    weight = mask.to(logp.dtype)
-    mean = ((logp - old_logp) * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
-    return mean.expand_as(logp)
+    return _masked_mean(logp - old_logp, mask)
+
+
+def sequence_token_log_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+    """GSPO-token: the value of :func:`sequence_log_ratio`, the gradient of each decision's own log-prob."""
+    return sequence_log_ratio(logp, old_logp, mask).detach() + logp - logp.detach()
 
 
 def guard_log_ratio(action: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
@@ -77,12 +114,16 @@ def divergence_masked_loss(ratio: Tensor, advantage: Tensor, divergence: Tensor,
     return torch.where((divergence.detach() >= threshold) & further, 0.0, -advantage * ratio)
 
 
-def sampled_kl(logp: Tensor, ref_logp: Tensor, estimator: SampledKL) -> Tensor:
+def sampled_kl(logp: Tensor, ref_logp: Tensor, estimator: SampledKL, gradient: KLGradient = "value") -> Tensor:
     """Estimators of KL(policy || reference) from samples of the policy (Schulman 2020), ``[N, t]``.
 
     ``k1 = d``, ``k2 = d^2 / 2``, ``k3 = exp(-d) - 1 + d`` with ``d = logp - ref_logp``. As losses: the gradient of k1
-    has zero mean, that of k2 is right on-policy, that of k3 is biased.
+    has zero mean, that of k2 is right on-policy, that of k3 is biased. ``gradient="k2"`` gives any of them k2's
+    gradient and leaves its value.
     """
+    if gradient == "k2" and estimator != "k2":
+        right = sampled_kl(logp, ref_logp, "k2")
+        return right + (sampled_kl(logp, ref_logp, estimator) - right).detach()
     difference = logp - ref_logp
     if estimator == "k1":
         return difference
@@ -93,7 +134,43 @@ def sampled_kl(logp: Tensor, ref_logp: Tensor, estimator: SampledKL) -> Tensor:
     raise ValueError(f"unknown KL estimator {estimator!r}")
 
 
-def aggregation_weights(mask: Tensor, how: Aggregation, rows: int, decisions: int, max_decisions: int) -> Tensor:
+def importance_weights(
+    logp: Tensor,
+    behaviour_logp: Tensor,
+    mask: Tensor,
+    level: Literal["token", "sequence"],
+    mode: Literal["truncate", "mask"],
+    maximum: float,
+    minimum: float = 0.0,
+) -> Tensor:
+    """Weights ``pi / mu`` for decisions that another policy took, bounded, ``[N, t]``, without gradient.
+
+    Args:
+        logp, behaviour_logp: under the policy to be corrected to (before the update) and the one that acted.
+        level: one weight a decision, or the product over a sample's decisions for all of them.
+        mode: ``truncate`` clamps to [minimum, maximum]; ``mask`` sets what lies outside to 0.
+    """
+    log_weight = (logp - behaviour_logp).detach() * mask
+    if level == "sequence":
+        log_weight = log_weight.sum(1, keepdim=True).expand_as(log_weight)
+    weight = log_weight.exp()
+    if mode == "truncate":
+        return weight.clamp(minimum, maximum)
+    return torch.where((weight >= minimum) & (weight <= maximum), weight, 0.0)
+
+
+def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+    """PPO's value loss per decision: ``max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2``, unclipped for None."""
+    loss = (value - returns).square()
+    if clip is not None:
+        clipped = old_value + (value - old_value).clamp(-clip, clip)
+        loss = torch.maximum(loss, (clipped - returns).square())
+    return loss / 2
+
+
+def aggregation_weights(
+    mask: Tensor, how: Aggregation, rows: int, decisions: int, max_decisions: int, block_rows: int = 1, blocks: int = 1
+) -> Tensor:
     """Weight of each decision, ``[N, T]``, such that the loss of an optimiser step is ``sum(weight * loss)``.
 
     The totals are of the *whole* step, over all micro-batches and processes, so the gradient cannot depend on how the
@@ -102,8 +179,9 @@ def aggregation_weights(mask: Tensor, how: Aggregation, rows: int, decisions: in
     Args:
         mask: bool ``[N, T]`` of the rows at hand.
         how: ``sequence`` (GRPO): mean over a sample's decisions, then over samples; ``token`` (DAPO): mean over all
-            decisions; ``constant`` (Dr.GRPO): sum over ``rows * max_decisions``.
-        rows, decisions: samples and unmasked decisions of the whole step.
+            decisions; ``constant`` (Dr.GRPO): sum over ``rows * max_decisions``; ``blocks`` (BNPO): mean over the
+            decisions of ``block_rows`` adjacent rows, then over blocks. ``mask`` must then hold all rows of a process.
+        rows, decisions, blocks: samples, unmasked decisions and blocks of rows of the whole step.
         max_decisions: T, or the length limit.
     """
     weight = mask.float()
@@ -113,17 +191,17 @@ def aggregation_weights(mask: Tensor, how: Aggregation, rows: int, decisions: in
         return weight / max(decisions, 1)
     if how == "constant":
         return weight / (rows * max_decisions)
+    if how == "blocks":
+        per_block = torch.cat([block.sum().clamp(min=1).expand(len(block)) for block in weight.split(block_rows)])
+        return weight / per_block[:, None] / blocks
     raise ValueError(f"unknown aggregation {how!r}")
 
 
-def preference_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO (arXiv 2305.18290): ``-log sigmoid(beta * margin)``, with conservative label smoothing e (cDPO), ``[N]``.
-
-    The margin is ``(ref_w - l_w) - (ref_l - l_l)`` with l the ``fit`` loss of winner and loser and ref the same under
-    the reference. Diffusion-DPO (arXiv 2311.12908) writes ``beta / 2`` where this has ``beta``.
-    """
-    z = beta * margin
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over a row's unmasked decisions, the same for each of them: ``[N, t]``."""
+    weight = mask.to(values.dtype)
+    mean = (values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+    return mean.expand_as(values)
 
 
 def _align(scalar: Tensor, like: Tensor) -> Tensor:

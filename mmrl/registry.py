@@ -35,6 +35,7 @@ class Entry:
 
 
 _POLICY_GRADIENT = "mmrl.algorithms.policy_gradient:PolicyGradient"
+_WHITENED = {"whiten": True, "aggregation": "token", "advantage_clip": None}
 
 PIPELINES = {
     "diffusion": Entry("pipelines.diffusion:DiffusionPolicy", "any diffusers pipeline, through its scheduler"),
@@ -47,6 +48,14 @@ ALGORITHMS = {
         "GRPO without the division by the group's spread and by length (Dr.GRPO)",
         {"advantage": "mean", "aggregation": "constant"},
     ),
+    "dapo": Entry(
+        _POLICY_GRADIENT,
+        "GRPO on tokens with a higher upper clip, mean over tokens, truncated samples masked (DAPO)",
+        {"clip_range": 0.2, "clip_range_high": 0.28, "aggregation": "token", "mask_truncated": True},
+    ),
+    "bnpo": Entry(
+        _POLICY_GRADIENT, "GRPO with the mean over the tokens of blocks of samples (BNPO)", {"aggregation": "blocks"}
+    ),
     "rloo": Entry(
         _POLICY_GRADIENT,
         "REINFORCE with the mean of the others in the group as baseline (RLOO)",
@@ -57,8 +66,51 @@ ALGORITHMS = {
         "REINFORCE with the batch's mean and spread; works with group_size 1",
         {"objective": "reinforce", "advantage": "global", "group_size": 1},
     ),
+    "reinforce_plus_plus": Entry(
+        _POLICY_GRADIENT,
+        "PPO's clip on rewards to come less KL, whitened over all tokens (REINFORCE++)",
+        _WHITENED | {"advantage": "returns", "group_size": 1, "kl_in": "reward"},
+    ),
+    "reinforce_plus_plus_baseline": Entry(
+        _POLICY_GRADIENT,
+        "the group's mean as baseline, then whitened over all tokens (REINFORCE++-baseline)",
+        _WHITENED | {"advantage": "mean"},
+    ),
+    "remax": Entry(
+        _POLICY_GRADIENT,
+        "REINFORCE with the reward of the greedy output as baseline (ReMax)",
+        {"objective": "reinforce", "advantage": "remax", "group_size": 1, "advantage_clip": None},
+    ),
+    "ppo": Entry(
+        _POLICY_GRADIENT,
+        "PPO with a value head and GAE",
+        _WHITENED | {"advantage": "gae", "group_size": 1, "kl_in": "reward"},
+    ),
+    "opo": Entry(
+        _POLICY_GRADIENT,
+        "REINFORCE with the length-weighted mean of the group as baseline (OPO)",
+        {"objective": "reinforce", "advantage": "opo", "advantage_clip": None},
+    ),
+    "gpg": Entry(
+        _POLICY_GRADIENT,
+        "REINFORCE with the group's mean, scaled up for groups without signal (GPG)",
+        {"objective": "reinforce", "advantage": "gpg", "aggregation": "token", "advantage_clip": None},
+    ),
+    "pass_at_k": Entry(
+        _POLICY_GRADIENT, "only the best of a group, by its lead (pass@k policy gradient)", {"advantage": "pass_at_k"}
+    ),
     "gspo": Entry(_POLICY_GRADIENT, "clip on a sample's mean log-ratio (GSPO)", {"objective": "gspo"}),
+    "gspo_token": Entry(
+        _POLICY_GRADIENT, "GSPO with the gradient of each decision's own log-prob", {"objective": "gspo_token"}
+    ),
     "cispo": Entry(_POLICY_GRADIENT, "policy gradient weighted by the clamped ratio (CISPO)", {"objective": "cispo"}),
+    "sapo": Entry(_POLICY_GRADIENT, "a sigmoid instead of the clip's edge (SAPO)", {"objective": "sapo"}),
+    "gmpo": Entry(_POLICY_GRADIENT, "geometric mean of a sample's clipped ratios (GMPO)", {"objective": "gmpo"}),
+    "reg_grpo": Entry(
+        _POLICY_GRADIENT,
+        "regress advantages on log-ratios instead of clipping (DeepVideo-R1)",
+        {"objective": "regression"},
+    ),
     "grpo_guard": Entry(
         _POLICY_GRADIENT,
         "clip on the standardised ratio of Gaussian steps (GRPO-Guard)",

@@ -98,6 +98,8 @@ class Trainer:
             self.state = checkpoints.load(latest, policy.parameters, optimizer)
             if self.state.scaler:
                 scaler.load_state_dict(self.state.scaler)
+            if self.state.algorithm:
+                stage.algorithm.load_state(self.state.algorithm)
         else:
             self._begin_stage(number, stage)
         self.display.stage(stage.name, start, end, self.state.step)
@@ -121,7 +123,7 @@ class Trainer:
 
     def _begin_stage(self, number: int, stage: Stage) -> None:
         """A stage starts with a fresh optimiser; its reference is the policy as it is now."""
-        self.state.stage, self.state.updates, self.state.scaler = number, 0, None
+        self.state.stage, self.state.updates, self.state.scaler, self.state.algorithm = number, 0, None, None
         parameters = self.policy.parameters
         parameters.snapshots.clear()
         if stage.algorithm.needs_reference and (number > 0 or not self.policy.has_frozen_base):
@@ -147,6 +149,7 @@ class Trainer:
             micro_batch_size=options.micro_batch_size or self.policy.batch_size,
             clock=Clock(),
             tally=Tally(),
+            prompts=stage.prompts,
         )
         grad_norms = []
         prompts = stage.prompts.batch(step)
@@ -222,6 +225,8 @@ class Trainer:
 
     def _save(self, stage: Stage, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         self.state.scaler = scaler.state_dict() or None
+        if hasattr(stage.algorithm, "state"):
+            self.state.algorithm = stage.algorithm.state() or None
         if distributed.rank() == 0:
             checkpoints.save(
                 self.run_dir, self.policy.parameters, optimizer, self.state, stage.options.keep_checkpoints

@@ -227,11 +227,16 @@ def test_overrides_and_merging_leave_their_arguments_alone():
 
 
 def test_every_registered_algorithm_can_be_built_from_its_defaults(tmp_path):
+    offered = resolve("pipeline", "diffusion").verbs
     for name in ALGORITHMS:
-        rewards = "rewards=[{type: pixels}]"
-        stage = load_config(write(tmp_path), [f"algorithm={name}", rewards]).stages[0]
-        assert build_algorithm(stage.algorithm).verbs <= resolve("pipeline", "diffusion").verbs
-    assert build_algorithm(load_config(write(tmp_path), ["algorithm=gdpo"]).stages[0].algorithm).advantage == "gdpo"
+        overrides = [f"algorithm={name}", "rewards=[{type: pixels}]"]
+        if resolve("algorithm", name)(**ALGORITHMS[name].defaults).verbs <= offered:
+            stage = load_config(write(tmp_path), overrides).stages[0]
+            assert build_algorithm(stage.algorithm).verbs <= offered
+        else:
+            assert "but pipeline 'diffusion' offers" in refused(write(tmp_path), *overrides)
+    gdpo = load_config(write(tmp_path), ["algorithm=gdpo"]).stages[0].algorithm
+    assert build_algorithm(gdpo).credit.method == "gdpo"
 
 
 def test_every_registered_component_has_typed_options_that_do_not_clash():

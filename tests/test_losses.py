@@ -128,10 +128,3 @@ def test_aggregation_does_not_depend_on_how_the_step_is_cut(how):
         "constant": (values * mask).sum() / 30,
     }[how]
     assert whole.item() == pytest.approx(by_hand.item(), abs=1e-6)
-
-
-def test_preference_loss_by_hand():
-    margin = torch.tensor([0.0, 0.01])
-    assert losses.preference_loss(margin, 100.0).tolist() == pytest.approx([math.log(2), math.log1p(math.exp(-1))])
-    smooth = losses.preference_loss(margin, 100.0, label_smoothing=0.25)
-    assert smooth[1].item() == pytest.approx(0.75 * math.log1p(math.exp(-1)) + 0.25 * math.log1p(math.exp(1)))

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from mmrl.data import PromptSampler
 from mmrl.policy import Policy
 from mmrl.scoring import Scorer
 from mmrl.tally import Clock, Tally
@@ -24,6 +25,7 @@ class Context:
         micro_batch_size: samples per backward.
         clock: phases "rollout", "reward", "update".
         tally: statistics of the step at hand.
+        prompts: where this step's prompts come from, for algorithms that need more or others.
     """
 
     policy: Policy
@@ -32,6 +34,7 @@ class Context:
     micro_batch_size: int
     clock: Clock
     tally: Tally
+    prompts: PromptSampler | None = None
 
 
 @dataclass
@@ -49,6 +52,11 @@ class Update:
 
 class Algorithm(Protocol):
     """Collect experience, cut it into updates, give each micro-batch's loss.
+
+    An algorithm that carries anything from step to step, such as a replay buffer or an adapted coefficient, also has
+    ``state() -> dict`` of what JSON can hold and ``load_state(dict)``; checkpoints keep it. Every process must hold the
+    same state. One whose unset options depend on the policy has ``defaults_for(verbs) -> dict``, which config checks
+    use to show and to keep what they stand for.
 
     Attributes:
         verbs: what the policy must offer.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mmrl import distributed
 from mmrl.algorithms.base import Context
@@ -29,11 +30,26 @@ def score(context: Context, rollout: Rollout, step: int) -> Scores:
     return scores
 
 
+def score_greedy(context: Context, rollout: Rollout, step: int) -> Tensor:
+    """Total score ``[N]`` of the deterministic sampler's output for each row's prompt, made once per group."""
+    group = rollout.group.cpu()
+    firsts = [int((group == name).nonzero()[0]) for name in range(int(group.max()) + 1)]
+    prompts = [rollout.samples.prompts[row] for row in firsts]
+    with context.clock("rollout"):
+        rows = numbers_of(slice(0, len(prompts)), len(prompts))
+        samples = context.policy.generate(prompts, [derive_seed(context.seed, "greedy", step, row) for row in rows])
+    with context.clock("reward"):
+        total = context.scorer(samples, step=step).total.cpu()
+    context.tally.spread("reward/greedy", total)
+    return total[group]
+
+
 def tally_scores(tally: Tally, scores: Scores) -> None:
-    """Mean and spread of the total and of each reward, and the seconds each took."""
+    """Mean and spread of the total and of each reward, the share of samples it applies to and the seconds it took."""
     tally.spread("reward", scores.total)
     for name, values in scores.each.items():
         tally.spread(f"reward/{name}", values)
+        tally.mean(f"reward/{name}/share", (~values.isnan()).float())
         tally.mean(f"reward/{name}/seconds", torch.tensor(scores.seconds[name]))
 
 

@@ -1,59 +1,55 @@
-"""The policy-gradient family: sample groups, weigh decisions by advantage, bound the step."""
+"""The policy-gradient family: sample groups, weigh decisions by advantage, bound the step.
+
+A step from top to bottom: :meth:`PolicyGradient.collect` rolls out, scores, lets hooks change the batch and shares the
+scores out over decisions (``credit``); :meth:`PolicyGradient.updates` cuts that into optimiser steps and micro-batches;
+:meth:`PolicyGradient.loss` adds up objective (``objectives``), KL, entropy and value terms (``regularisers``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from mmrl import distributed, losses
-from mmrl.advantages import AdvantageMethod, decoupled_advantages, group_advantages
+from mmrl.advantages import group_sums
 from mmrl.algorithms.base import Context, Update
-from mmrl.algorithms.collecting import roll_out, row_chunks, score, split_groups
+from mmrl.algorithms.collecting import roll_out, row_chunks, score, score_greedy, split_groups
+from mmrl.algorithms.credit import GROUP_BASELINES, PER_DECISION, Credit, CreditMethod
+from mmrl.algorithms.experience import Batch, Experience, ReferenceScores, reference_logp, replay
+from mmrl.algorithms.objectives import NEED_MEANS, WHOLE_SAMPLE, Objective, ObjectiveName, default_clip_range
+from mmrl.algorithms.regularisers import EntropyBonus, EntropyTarget, Importance, ValueHead, top_entropy_mask
 from mmrl.errors import UserError
-from mmrl.policy import Policy
-from mmrl.scoring import Scores
-from mmrl.types import Decisions, Prompt, Rollout
-
-GROUP_BASELINES = ("group", "mean", "batch", "rloo", "gdpo", "decoupled")
+from mmrl.types import Decisions, Prompt
 
 
-@dataclass
-class Experience:
-    """A rollout and the advantage ``[N]`` of each sample, on the device of the scores."""
-
-    rollout: Rollout
-    advantage: Tensor
-
-
-class ReferenceScores:
-    """All decisions of some rows under the reference: one call of the policy for the micro-batches that share them."""
-
-    def __init__(self, rollout: Rollout):
-        self.rollout = rollout
-        self._decisions: Decisions | None = None
-
-    def columns(self, policy: Policy, columns: list[int]) -> Decisions:
-        """The decisions ``columns``, without gradient."""
-        if self._decisions is None:
-            with torch.no_grad(), policy.reference():
-                self._decisions = policy.decisions(self.rollout)
-        return self._decisions.columns(columns)
+_HOW = {
+    "values": ", a value head: switch it on (pipeline.value_head)",
+    "means": ", which are those of Gaussian decisions: for tokens use kl k1, k2 or k3",
+}
 
 
 @dataclass
 class MicroBatch:
-    """Some rows and some decisions (``columns``) of a rollout with their weights ``[n, t]`` in the update's loss."""
+    """Some rows and some decisions (``columns``) of an experience.
 
-    rollout: Rollout
-    reference: ReferenceScores
-    advantage: Tensor
-    weight: Tensor
+    Attributes:
+        weight: ``[n, t]`` of each decision in the update's loss.
+        token_weight: ``[n, t]`` the same for the terms that are means over decisions: entropy and value.
+        centre: ``[n, 1]`` mean log-ratio of each row's group, for Reg-GRPO.
+        first: the policy is still the one that sampled.
+    """
+
+    experience: Experience
     columns: list[int]
+    weight: Tensor
+    token_weight: Tensor
+    centre: Tensor
+    reference: ReferenceScores
     first: bool
 
 
@@ -62,22 +58,47 @@ class PolicyGradient:
 
     Args:
         group_size: samples per prompt.
-        objective: ``clip`` PPO/GRPO; ``gspo`` the same on the mean log-ratio of a sample; ``cispo``; ``reinforce``;
-            ``guard`` GRPO-Guard and ``dppo`` Flow-DPPO for Gaussian decisions. See ``mmrl.losses``.
-        clip_range: lower clip bound; for Gaussian log-probs, which are means over elements, 1e-4 to 1e-6.
-        clip_range_high: upper bound; the same when not given.
+        objective: ``clip`` PPO/GRPO; ``gspo`` the same on the mean log-ratio of a sample; ``gspo_token`` with its value
+            and each decision's own gradient; ``cispo``; ``sapo`` a soft clip; ``gmpo`` the geometric mean of clipped
+            ratios; ``reinforce``; ``regression`` Reg-GRPO; ``guard`` GRPO-Guard and ``dppo`` Flow-DPPO for Gaussian
+            decisions. See ``mmrl.losses``.
+        clip_range: lower clip bound. When not given: 1e-4 for Gaussian decisions, whose log-probs are means over
+            elements, and 0.2 for tokens (gspo 3e-4, gmpo 0.4 on the log-ratio).
+        clip_range_high: upper bound; the same when only the other is given (gspo on tokens: 4e-4).
         dual_clip: bound on the loss of negative advantages, as a multiple (> 1).
         ratio_bounds: clamp of CISPO's weight, on the ratio itself.
+        sapo_temperatures: of positive and of other advantages.
+        regression_scale: of the log-ratio in Reg-GRPO.
         divergence_threshold: of ``dppo``.
-        aggregation: ``sequence``, ``token`` or ``constant``.
-        max_decisions: divisor of ``constant``; the rollout's T when not given.
+        aggregation: ``sequence`` mean over a sample's decisions, then over samples; ``token`` mean over all decisions;
+            ``constant`` sum over samples times ``max_decisions``; ``blocks`` mean over the decisions of ``block_rows``
+            samples, then over these blocks (BNPO, whose published form has the micro-batch for a block).
+        block_rows: samples of a block; ``group_size`` when not given.
+        max_decisions: divisor of ``constant``; the policy's length limit when not given.
+        mask_truncated: samples that hit the length limit teach nothing.
         advantage: see ``mmrl.advantages``; ``gdpo`` normalises each reward within its group, then the sum over the
-            batch; ``decoupled`` leaves out the second, as MixGRPO does.
-        advantage_clip: bound on the size of an advantage.
+            batch; ``decoupled`` leaves out the second, as MixGRPO does; ``remax`` R minus the reward of the greedy
+            output; ``returns`` the discounted reward to come, per decision; ``gae`` with a value head.
+        advantage_clip: bound on the size of an advantage; null for none.
+        soft_advantage: bend of advantages above and below 0 (TempSamp-R1); 0 is straight.
+        whiten: subtract the mean and divide by the spread of advantages over all decisions of all processes.
+        gamma, lam: discount, and decay of GAE.
+        value: options of the value loss, used by ``gae``.
         kl_coef: weight of the KL to the reference; 0 runs no reference, and the metric ``kl`` is then the k3 estimate
             of how far the policy has moved from the one that sampled.
         kl: ``exact`` for Gaussian decisions, mean over elements; ``exact_dt`` the same times the step size, which is
-            what Flow-GRPO's released code adds; ``k1``, ``k2``, ``k3`` estimates for any decisions.
+            what Flow-GRPO's released code adds; ``k1``, ``k2``, ``k3`` estimates for any decisions. When not given:
+            exact for Gaussian decisions, k3 for tokens.
+        kl_gradient: of the estimates: their own (``value``) or k2's, which is right on-policy.
+        kl_ratio_weight: multiply the KL of each decision by its ratio, which makes k3's gradient right.
+        kl_in: ``loss``, or ``reward``: ``kl_coef * (log pi_old - log pi_ref)`` is taken from the reward of each
+            decision, or their sum from that of the sample.
+        entropy_coef: weight of the bonus for the mean entropy of decisions.
+        entropy_target: adapt that weight; ``entropy_coef`` is its start.
+        top_entropy: share of decisions, those of the highest entropy at rollout, that the policy term learns from.
+        importance: correct for members that another policy sampled.
+        drop_silent: compute nothing for samples with advantage 0, not even their KL. When not given: always for
+            Gaussian decisions, as Flow-GRPO does, and for tokens where no KL, entropy or value term acts on them.
         epochs: passes over a rollout.
         minibatches: optimiser steps per pass; whole groups stay together.
     """
@@ -88,18 +109,35 @@ class PolicyGradient:
     def __init__(
         self,
         group_size: Annotated[int, Field(ge=1)] = 8,
-        objective: Literal["clip", "gspo", "cispo", "reinforce", "guard", "dppo"] = "clip",
-        clip_range: Annotated[float, Field(gt=0)] = 1e-4,
+        objective: ObjectiveName = "clip",
+        clip_range: Annotated[float, Field(gt=0)] | None = None,
         clip_range_high: Annotated[float, Field(gt=0)] | None = None,
         dual_clip: Annotated[float, Field(gt=1)] | None = None,
         ratio_bounds: tuple[float, float] = (0.0, 5.0),
+        sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+        regression_scale: Annotated[float, Field(gt=0)] = 1.0,
         divergence_threshold: Annotated[float, Field(gt=0)] = 1e-5,
         aggregation: losses.Aggregation = "sequence",
+        block_rows: Annotated[int, Field(ge=1)] | None = None,
         max_decisions: Annotated[int, Field(ge=1)] | None = None,
-        advantage: AdvantageMethod | Literal["gdpo", "decoupled"] = "group",
-        advantage_clip: Annotated[float, Field(gt=0)] = 5.0,
+        mask_truncated: bool = False,
+        advantage: CreditMethod = "group",
+        advantage_clip: Annotated[float, Field(gt=0)] | None = 5.0,
+        soft_advantage: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.0, 0.0),
+        whiten: bool = False,
+        gamma: Annotated[float, Field(ge=0, le=1)] = 1.0,
+        lam: Annotated[float, Field(ge=0, le=1)] = 0.95,
+        value: ValueHead = ValueHead(),  # noqa: B008 (frozen)
         kl_coef: Annotated[float, Field(ge=0)] = 0.0,
-        kl: Literal["exact", "exact_dt", "k1", "k2", "k3"] = "exact",
+        kl: Literal["exact", "exact_dt", "k1", "k2", "k3"] | None = None,
+        kl_gradient: losses.KLGradient = "value",
+        kl_ratio_weight: bool = False,
+        kl_in: Literal["loss", "reward"] = "loss",
+        entropy_coef: Annotated[float, Field(ge=0)] = 0.0,
+        entropy_target: EntropyTarget | None = None,
+        top_entropy: Annotated[float, Field(gt=0, le=1)] = 1.0,
+        importance: Importance | None = None,
+        drop_silent: bool | None = None,
         epochs: Annotated[int, Field(ge=1)] = 1,
         minibatches: Annotated[int, Field(ge=1)] = 1,
     ):
@@ -108,132 +146,233 @@ class PolicyGradient:
                 f"algorithm.group_size is 1, but advantage '{advantage}' compares the samples of a group: "
                 "use 2 or more, or advantage 'global'"
             )
+        if kl_in == "reward" and advantage in ("gdpo", "decoupled"):
+            raise UserError(f"algorithm.kl_in is reward, but advantage '{advantage}' has no single reward: use loss")
         self.group_size = group_size
-        self.objective = objective
-        self.clip_low = clip_range
-        self.clip_high = clip_range if clip_range_high is None else clip_range_high
-        self.dual_clip = dual_clip
-        self.ratio_bounds = ratio_bounds
-        self.divergence_threshold = divergence_threshold
+        self.objective = Objective(
+            objective,
+            clip_range,
+            clip_range_high,
+            dual_clip,
+            ratio_bounds,
+            divergence_threshold,
+            sapo_temperatures,
+            regression_scale,
+        )
         self.aggregation = aggregation
+        self.block_rows = block_rows or group_size
         self.max_decisions = max_decisions
-        self.advantage = advantage
-        self.advantage_clip = advantage_clip
+        self.mask_truncated = mask_truncated
+        self.credit = Credit(advantage, advantage_clip, whiten, gamma, lam, soft_advantage)
+        self.value = value if advantage == "gae" else None
         self.kl_coef = kl_coef
         self.kl = kl
+        self.kl_gradient = kl_gradient
+        self.kl_ratio_weight = kl_ratio_weight
+        self.kl_in_loss = kl_coef > 0 and kl_in == "loss"
+        self.kl_in_reward = kl_coef > 0 and kl_in == "reward"
+        self.entropy = EntropyBonus(entropy_coef, entropy_target)
+        self.top_entropy = top_entropy
+        self.importance = importance
+        self.drop_silent = drop_silent
         self.epochs = epochs
         self.minibatches = minibatches
         self.needs_reference = kl_coef > 0
-        self.needs_means = objective in ("guard", "dppo")
-        gaussian = self.needs_means or (kl_coef > 0 and kl.startswith("exact"))
-        self.verbs = frozenset({"rollout", "decisions"} | ({"means"} if gaussian else set()))
+        self.needs_means = objective in NEED_MEANS
+        self.needs_entropy = self.entropy.used or top_entropy < 1
+        gaussian = self.needs_means or (self.kl_in_loss and kl in ("exact", "exact_dt"))
+        needed = {
+            "means": gaussian,
+            "entropy": self.needs_entropy,
+            "values": self.value is not None,
+            "generate": advantage == "remax",
+        }
+        self.verbs = frozenset({"rollout", "decisions", *(verb for verb, needs in needed.items() if needs)})
+
+    def defaults_for(self, verbs: frozenset[str]) -> dict[str, Any]:
+        """What options that are not given stand for, with a policy that offers ``verbs``."""
+        gaussian = "means" in verbs
+        low, high = default_clip_range(self.objective.name, gaussian)
+        high = high if self.objective.clip_range is None else self.objective.clip_range
+        return {
+            "clip_range": low,
+            "clip_range_high": high,
+            "kl": "exact" if gaussian else "k3",
+            "block_rows": self.block_rows,
+            "drop_silent": self._drops_silent(verbs),
+        }
+
+    def _drops_silent(self, verbs: frozenset[str]) -> bool:
+        if self.drop_silent is not None:
+            return self.drop_silent
+        if self.objective.name == "regression":
+            return False
+        return "means" in verbs or not (self.kl_in_loss or self.entropy.used or self.value)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep."""
+        return self.entropy.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.entropy.load_state(dict(state))
 
     def collect(self, context: Context, prompts: Sequence[Prompt], step: int) -> Experience:
+        if missing := sorted(self.verbs - context.policy.verbs):
+            raise UserError(f"the algorithm needs a policy that offers {', '.join(missing)}{_HOW.get(missing[0], '')}")
         context.policy.keep_mean = self.needs_means
+        if self.needs_entropy:
+            context.policy.keep_entropy = True
         rollout = roll_out(context, prompts, self.group_size, step)
-        scores = score(context, rollout, step)
-        advantage = self._advantages(scores, rollout.group).clamp(-self.advantage_clip, self.advantage_clip)
-        alive = torch.zeros(len(prompts)).index_add_(0, rollout.group.cpu(), advantage.abs().cpu()) > 0
-        context.tally.mean("groups/without_signal", (~alive).float())
-        return Experience(rollout, advantage)
+        batch = Batch(rollout, score(context, rollout, step))
+        return self._experience(context, batch, step)
 
-    def _advantages(self, scores: Scores, group: Tensor) -> Tensor:
-        """Advantages of this process's samples, from the scores of all processes."""
-        rank, groups, rows = distributed.rank(), int(group.max()) + 1, len(group)
-        all_groups = distributed.gather_rows(group + rank * groups)
-        if self.advantage in ("gdpo", "decoupled"):
-            table = distributed.gather_rows(scores.values)
-            batch_norm = self.advantage == "gdpo"
-            out = decoupled_advantages(table, scores.weights, all_groups.to(table.device), batch_norm=batch_norm)
-        else:
-            table = distributed.gather_rows(scores.total)
-            out = group_advantages(table, all_groups.to(table.device), self.advantage)
-        return out[rank * rows : (rank + 1) * rows]
+    def _experience(self, context: Context, batch: Batch, step: int) -> Experience:
+        """Share the scores out over decisions; forwards that this needs are run here, without gradient."""
+        rollout, scores = batch.rollout, batch.scores
+        mask = rollout.mask.cpu()
+        if self.mask_truncated and rollout.samples.truncated is not None:
+            mask = mask & ~rollout.samples.truncated.cpu()[:, None]
+        if self.credit.method in PER_DECISION:
+            mask = mask & ~scores.total.isnan().cpu()[:, None]
+        # Only estimates from log-probs can be kept for later passes; exact KLs are computed with each micro-batch.
+        estimated = self.kl in ("k1", "k2", "k3") or (self.kl is None and "means" not in context.policy.verbs)
+        keep_reference = self.kl_in_reward or (self.kl_in_loss and estimated and self.epochs > 1)
+        reference = reference_logp(context, rollout) if keep_reference else None
+        penalty = self.kl_coef * (rollout.logp.cpu() - reference) * rollout.mask.cpu() if self.kl_in_reward else None
+        if penalty is not None:
+            context.tally.mean("kl/reward", (rollout.logp.cpu() - reference)[rollout.mask.cpu()])
+        baseline = score_greedy(context, rollout, step) if self.credit.method == "remax" else None
+        advantage, returns = self.credit(scores, rollout, mask, penalty, baseline)
+        groups = int(rollout.group.max()) + 1
+        alive = torch.zeros(groups).index_add_(0, rollout.group.cpu(), advantage.abs().sum(1)) > 0
+        context.tally.mean("groups/without_signal", (~alive).float())
+        rollout, factor = self._factor(context, rollout, mask)
+        return Experience(rollout, advantage, mask, factor, reference, returns)
+
+    def _factor(self, context: Context, rollout: Any, mask: Tensor) -> tuple[Any, Tensor | None]:
+        """What multiplies the policy term, and the rollout with the log-probs that ratios are to be taken against."""
+        if self.importance is None and self.top_entropy == 1:
+            return rollout, None
+        found = replay(context, rollout)
+        factor = torch.ones(mask.shape)
+        if self.top_entropy < 1:
+            factor = top_entropy_mask(found.entropy, mask, self.top_entropy)
+        if self.importance is not None:
+            now = torch.where(rollout.mask.cpu(), found.logp, 0.0)
+            weights = self.importance.weights(now, rollout.logp.cpu(), mask)
+            context.tally.mean("importance/mean", weights, mask.float())
+            factor = factor * weights
+            rollout = replace(rollout, logp=now.to(rollout.logp.device))
+        return rollout, factor
 
     def updates(self, context: Context, experience: Experience, step: int) -> Iterator[Update]:
-        """Optimiser steps. Rows without advantage count in the totals but nothing is computed for them."""
-        rollout, advantage = experience.rollout, experience.advantage.cpu()
-        parts = split_groups(rollout.group.cpu(), self.minibatches)
+        """Optimiser steps. Rows that nothing acts on count in the totals but nothing is computed for them."""
+        parts = split_groups(experience.rollout.group.cpu(), self.minibatches)
+        silent_too = not self._drops_silent(context.policy.verbs)
+        limit = self.max_decisions or getattr(context.policy, "max_decisions", None)
         for number in range(self.epochs * self.minibatches):
             part = parts[number % self.minibatches]
-            rows = part[advantage[part] != 0]
-            mask = rollout.mask[part]
+            mask = experience.mask[part]
+            decisions = int(distributed.total(mask.sum().item()))
             weight = losses.aggregation_weights(
-                rollout.mask[rows],
+                mask,
                 self.aggregation,
                 rows=int(distributed.total(len(part))),
-                decisions=int(distributed.total(mask.sum().item())),
-                max_decisions=self.max_decisions or mask.shape[1],
+                decisions=decisions,
+                max_decisions=limit or mask.shape[1],
+                block_rows=self.block_rows,
+                blocks=int(distributed.total(-(-len(part) // self.block_rows))),
             )
-            micro_batches = self._micro_batches(context, rollout[rows], advantage[rows], weight, first=number == 0)
+            token_weight = mask.float() / max(decisions, 1)
+            centre = self._centre(context, experience, part, on_policy=number == 0)
+            takes_part = mask.any(1) if silent_too else (experience.advantage[part] != 0).any(1)
+            rows = part[takes_part]
+            weights = (weight[takes_part], token_weight[takes_part], centre[takes_part])
+            micro_batches = self._micro_batches(context, experience[rows], weights, first=number == 0)
             yield Update(int(distributed.total(len(rows))), micro_batches)
+            self.entropy.adapt()
+
+    def _centre(self, context: Context, experience: Experience, part: Tensor, on_policy: bool) -> Tensor:
+        """Mean log-ratio ``[n, 1]`` of each row's group, which Reg-GRPO subtracts; 0 before the first update."""
+        centre = torch.zeros(len(part), 1)
+        if self.objective.name != "regression" or on_policy:
+            return centre
+        rollout, mask = experience.rollout[part], experience.mask[part]
+        ratio = losses.sequence_log_ratio(replay(context, rollout).logp, rollout.logp.cpu(), mask)[:, 0]
+        group = rollout.group.cpu().unique(return_inverse=True)[1]
+        return (group_sums(ratio, group) / group_sums(torch.ones_like(ratio), group))[:, None]
 
     def _micro_batches(
-        self, context: Context, rollout: Rollout, advantage: Tensor, weight: Tensor, first: bool
+        self, context: Context, experience: Experience, weights: tuple[Tensor, Tensor, Tensor], first: bool
     ) -> Iterator[MicroBatch]:
-        for rows in row_chunks(len(rollout), context.micro_batch_size):
-            part = rollout[rows]
-            reference = ReferenceScores(part)
-            # A sequence ratio needs all decisions of a sample at once.
-            chunks = (
-                [list(range(weight.shape[1]))] if self.objective == "gspo" else context.policy.decision_chunks(part)
-            )
+        weight, token_weight, centre = weights
+        for rows in row_chunks(len(experience), context.micro_batch_size):
+            part = experience[rows]
+            reference = ReferenceScores(part.rollout)
+            whole = self.objective.name in WHOLE_SAMPLE
+            chunks = [list(range(weight.shape[1]))] if whole else context.policy.decision_chunks(part.rollout)
             for columns in chunks:
-                yield MicroBatch(part, reference, advantage[rows], weight[rows][:, columns], columns, first)
+                yield MicroBatch(
+                    part,
+                    columns,
+                    weight[rows][:, columns],
+                    token_weight[rows][:, columns],
+                    centre[rows],
+                    reference,
+                    first,
+                )
 
     def loss(self, context: Context, micro_batch: MicroBatch) -> Tensor:
-        rollout, columns = micro_batch.rollout, micro_batch.columns
+        batch, columns, rollout = micro_batch.experience, micro_batch.columns, micro_batch.experience.rollout
         decisions = context.policy.decisions(rollout, columns)
         device = decisions.logp.device
+        weight, token_weight = micro_batch.weight.to(device), micro_batch.token_weight.to(device)
+        mask, advantage = batch.mask[:, columns].to(device), batch.advantage[:, columns].to(device)
         old_logp = rollout.logp[:, columns].to(device)
-        advantage = micro_batch.advantage.to(device)[:, None]
-        weight = micro_batch.weight.to(device)
+        # What a policy returns where there was no decision must not matter, not even as infinity times 0.
+        decisions = replace(decisions, logp=torch.where(mask, decisions.logp, old_logp))
 
-        policy_loss, ratio = self._objective(decisions, rollout, columns, old_logp, advantage)
+        old_mean = rollout.mean[:, columns].to(device) if self.needs_means else None
+        centre = micro_batch.centre.to(device)
+        policy_loss, ratio = self.objective(decisions, old_logp, mask, advantage, old_mean, centre)
+        if batch.factor is not None:
+            policy_loss = policy_loss * batch.factor[:, columns].to(device)
         loss = (weight * policy_loss).sum()
-        if self.kl_coef > 0:
-            kl = self._reference_kl(context, micro_batch, decisions)
-            loss = loss + self.kl_coef * (weight * kl).sum()
+        if self.kl_in_loss:
+            kl = self._reference_kl(context, micro_batch, decisions, mask)
+            loss = loss + self.kl_coef * (weight * (kl * ratio if self.kl_ratio_weight else kl)).sum()
         else:
             kl = losses.sampled_kl(old_logp, decisions.logp, "k3")
+        if decisions.entropy is not None:
+            if self.entropy.used:
+                loss = loss - self.entropy.coefficient * (token_weight * decisions.entropy).sum()
+                self.entropy.observe(decisions.entropy, mask)
+            context.tally.mean("entropy", decisions.entropy, mask.float())
+        if self.value is not None:
+            returns, old_value = batch.returns[:, columns].to(device), rollout.value[:, columns].to(device)
+            value_loss = self.value.loss(decisions, old_value, returns)
+            loss = loss + self.value.coef * (token_weight * value_loss).sum()
+            context.tally.mean("value/loss", value_loss, mask.float())
 
         tally = context.tally
         if micro_batch.first:
             tally.max("ratio/max_abs_dev", (ratio - 1).abs())
-        tally.mean("ratio/clip_fraction", losses.clipped_fraction(ratio, advantage, self.clip_low, self.clip_high))
+        low, high = self.objective.bounds(decisions.mean is not None)
+        tally.mean("ratio/clip_fraction", losses.clipped_fraction(ratio, advantage, low, high), mask.float())
         tally.mean("kl", kl, weight)
         tally.mean("loss", policy_loss, weight)
         return loss
 
-    def _objective(
-        self, decisions: Decisions, rollout: Rollout, columns: list[int], old_logp: Tensor, advantage: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Loss per decision and the ratio it was made from, both ``[n, t]``."""
-        logp = decisions.logp
-        if self.objective == "gspo":
-            mask = rollout.mask[:, columns].to(logp.device)
-            ratio = losses.sequence_log_ratio(logp, old_logp, mask).exp()
-        elif self.objective == "guard":
-            old_mean = rollout.mean[:, columns].to(logp.device)
-            ratio = losses.guard_log_ratio(decisions.action, decisions.mean, old_mean, decisions.std).exp()
-        else:
-            ratio = (logp - old_logp).exp()
-
-        if self.objective == "cispo":
-            return losses.cispo_loss(logp, ratio, advantage, *self.ratio_bounds), ratio
-        if self.objective == "reinforce":
-            return losses.reinforce_loss(logp, advantage), ratio
-        if self.objective == "dppo":
-            old_mean = rollout.mean[:, columns].to(logp.device)
-            divergence = losses.gaussian_kl(decisions.mean, old_mean, decisions.std)
-            return losses.divergence_masked_loss(ratio, advantage, divergence, self.divergence_threshold), ratio
-        loss = losses.clipped_loss(ratio, advantage, self.clip_low, self.clip_high, self.dual_clip)
-        # GRPO-Guard evens out the gradient over time steps of unequal length.
-        return (loss / decisions.dt if self.objective == "guard" else loss), ratio
-
-    def _reference_kl(self, context: Context, micro_batch: MicroBatch, decisions: Decisions) -> Tensor:
-        reference = micro_batch.reference.columns(context.policy, micro_batch.columns)
-        if self.kl in ("k1", "k2", "k3"):
-            return losses.sampled_kl(decisions.logp, reference.logp, self.kl)
-        exact = losses.gaussian_kl(decisions.mean, reference.mean, decisions.std)
-        return exact * decisions.dt if self.kl == "exact_dt" else exact
+    def _reference_kl(self, context: Context, micro_batch: MicroBatch, decisions: Decisions, mask: Tensor) -> Tensor:
+        kind = self.kl or ("exact" if decisions.mean is not None else "k3")
+        if kind in ("k1", "k2", "k3"):
+            known = micro_batch.experience.reference_logp
+            if known is not None:
+                reference = known[:, micro_batch.columns].to(decisions.logp.device)
+            else:
+                reference = micro_batch.reference.columns(context.policy, micro_batch.columns).logp
+            reference = torch.where(mask, reference, decisions.logp.detach())
+            return losses.sampled_kl(decisions.logp, reference, kind, self.kl_gradient)
+        found = micro_batch.reference.columns(context.policy, micro_batch.columns)
+        exact = losses.gaussian_kl(decisions.mean, found.mean, decisions.std)
+        return exact * decisions.dt if kind == "exact_dt" else exact

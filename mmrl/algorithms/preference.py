@@ -10,10 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmrl import distributed, losses
+from mmrl import distributed
 from mmrl.advantages import constant_groups
 from mmrl.algorithms.base import Context, Update
 from mmrl.algorithms.collecting import roll_out, row_chunks, score
+from mmrl.pair_losses import preference_loss
 from mmrl.seeding import derive_seed
 from mmrl.types import Prompt, Rollout
 
@@ -112,7 +113,7 @@ class PreferenceOptimisation:
             reference = context.policy.fit(both, seeds)
         won, lost = (reference - fit).chunk(2)
         margin = won - lost
-        per_pair = losses.preference_loss(margin, self.beta, self.label_smoothing)
+        per_pair = preference_loss(margin, self.beta, self.label_smoothing)
         context.tally.mean("loss", per_pair)
         context.tally.mean("pairs/accuracy", (margin > 0).float())
         context.tally.mean("pairs/logit", self.beta * margin)

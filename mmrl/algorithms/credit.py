@@ -1,0 +1,99 @@
+"""From scores to the advantage of each decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmrl import distributed
+from mmrl.advantages import (
+    AdvantageMethod,
+    decoupled_advantages,
+    discounted_returns,
+    generalized_advantages,
+    group_advantages,
+    last_decision_rewards,
+    soft_advantages,
+    whiten,
+)
+from mmrl.scoring import Scores
+from mmrl.types import Rollout
+
+CreditMethod = Literal[AdvantageMethod, "gdpo", "decoupled", "remax", "returns", "gae"]
+# These compare the samples of a group, so a group of one has nothing to learn from.
+GROUP_BASELINES = frozenset({"group", "mean", "batch", "rloo", "gdpo", "decoupled", "opo", "gpg", "pass_at_k"})
+PER_DECISION = frozenset({"returns", "gae"})
+
+
+@dataclass(frozen=True)
+class Credit:
+    """How scores are shared out; see :class:`mmrl.algorithms.policy_gradient.PolicyGradient` for the options."""
+
+    method: CreditMethod
+    clip: float | None
+    whiten: bool
+    gamma: float
+    lam: float
+    soft: tuple[float, float]
+
+    def __call__(
+        self,
+        scores: Scores,
+        rollout: Rollout,
+        mask: Tensor,
+        penalty: Tensor | None = None,
+        baseline: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Advantages ``[N, T]`` on the CPU, 0 where masked, and the returns that a value head should predict.
+
+        Args:
+            scores: of all rewards.
+            mask: bool ``[N, T]``, the decisions that count.
+            penalty: ``[N, T]`` subtracted from the reward of each decision.
+            baseline: ``[N]`` for ``remax``.
+        """
+        mask = mask.cpu()
+        returns = None
+        if self.method in PER_DECISION:
+            rewards = last_decision_rewards(scores.total.detach().cpu().float(), mask)
+            if penalty is not None:
+                rewards = rewards - penalty.cpu() * mask
+            if self.method == "gae":
+                values = torch.where(mask, rollout.value.cpu().float(), 0.0)
+                advantage, returns = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
+            else:
+                advantage = discounted_returns(rewards, mask, self.gamma)
+        else:
+            per_sample = self._per_sample(scores, rollout, mask, penalty, baseline)
+            if self.soft != (0.0, 0.0):
+                per_sample = soft_advantages(per_sample, *self.soft)
+            advantage = per_sample.cpu()[:, None] * mask
+        if self.whiten:
+            advantage = whiten(advantage, mask, distributed.total)
+        if self.clip is not None:
+            advantage = advantage.clamp(-self.clip, self.clip)
+        return advantage, returns
+
+    def _per_sample(
+        self, scores: Scores, rollout: Rollout, mask: Tensor, penalty: Tensor | None, baseline: Tensor | None
+    ) -> Tensor:
+        """Advantages of this process's samples, from the scores of all processes."""
+        group, total = rollout.group, scores.total
+        if penalty is not None:
+            total = total - (penalty * mask).sum(1).to(total)
+        if self.method == "remax":
+            return (total - baseline.to(total)).nan_to_num(nan=0.0)
+        rank, groups, rows = distributed.rank(), int(group.max()) + 1, len(group)
+        all_groups = distributed.gather_rows(group + rank * groups)
+        if self.method in ("gdpo", "decoupled"):
+            table = distributed.gather_rows(scores.values)
+            batch_norm = self.method == "gdpo"
+            out = decoupled_advantages(table, scores.weights, all_groups.to(table.device), batch_norm=batch_norm)
+        else:
+            table = distributed.gather_rows(total)
+            lengths = distributed.gather_rows(rollout.mask.sum(1).to(table.device)) if self.method == "opo" else None
+            out = group_advantages(table, all_groups.to(table.device), self.method, lengths=lengths)
+        return out[rank * rows : (rank + 1) * rows]

@@ -1,0 +1,181 @@
+"""A whole language model for tests: a table of logits for each prompt and place, with an optional value table."""
+
+import contextlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmrl.policy import Parameters
+from mmrl.seeding import generator
+from mmrl.types import Decisions, Rollout, Rows, Samples
+
+END = 0
+
+
+@dataclass(eq=False)
+class Trace(Rows):
+    places: torch.Tensor
+    tokens: torch.Tensor
+
+    def __len__(self):
+        return len(self.places)
+
+    @classmethod
+    def cat(cls, parts):
+        width = max(part.tokens.shape[1] for part in parts)
+        tokens = [nn.functional.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts]
+        return cls(torch.cat([part.places for part in parts]), torch.cat(tokens))
+
+
+class TablePolicy:
+    """Prompt "p3" has the third table; texts are token numbers with spaces; token 0 ends."""
+
+    load = staticmethod(lambda model=None: None)
+
+    def __init__(
+        self,
+        net: Any = None,
+        prompts: int = 4,
+        length: int = 5,
+        words: int = 6,
+        value_head: bool = False,
+        batch_size: int = 8,
+        seed: int = 0,
+        spread: float = 0.0,
+    ):
+        self.logits = nn.Parameter(spread * torch.randn(prompts, length, words, generator=generator(seed, "logits")))
+        named = {"logits": self.logits}
+        self.verbs = frozenset({"rollout", "decisions", "fit", "generate", "entropy", "given"})
+        self.values = None
+        if value_head:
+            self.values = nn.Parameter(torch.zeros(prompts, length))
+            named["values"] = self.values
+            self.verbs |= {"values"}
+        self.parameters = Parameters(named)
+        self.counters = Counter()
+        self.batch_size = batch_size
+        self.max_decisions = length
+        self.has_frozen_base = False
+        self.keep_mean = self.keep_entropy = False
+
+    def to(self, device):
+        return self
+
+    def _places(self, prompts):
+        return torch.tensor([int(prompt.text.split()[0][1:]) for prompt in prompts])
+
+    def _rollout(self, prompts, group, tokens, truncated=None):
+        """``tokens`` are lists that end with END unless cut."""
+        lengths = torch.tensor([len(row) for row in tokens])
+        width = int(lengths.max())
+        table = torch.tensor([row + [END] * (width - len(row)) for row in tokens])
+        mask = torch.arange(width) < lengths[:, None]
+        trace = Trace(self._places(prompts), table)
+        texts = [" ".join(str(token) for token in row if token != END) for row in tokens]
+        samples = Samples(list(prompts), texts=texts, lengths=lengths, truncated=truncated, group=group)
+        rollout = Rollout(samples, torch.zeros(table.shape), mask, group, trace)
+        with torch.no_grad():
+            found = self.decisions(rollout)
+        rollout.logp, rollout.value = found.logp, found.value
+        return rollout
+
+    def rollout(self, prompts, group_size, seed, step=0):
+        tokens, rows = [], [prompt for prompt in prompts for _ in range(group_size)]
+        for number, place in enumerate(self._places(rows).tolist()):
+            key = rows[number].id, number // group_size, number % group_size
+            draw = (
+                torch.multinomial(self.logits.detach()[place].softmax(-1), 1, generator=generator(seed, "sample", *key))
+                .flatten()
+                .tolist()
+            )
+            tokens.append(draw[: draw.index(END) + 1] if END in draw else draw)
+        self.counters["sampled"] += len(rows)
+        truncated = torch.tensor([row[-1] != END for row in tokens])
+        return self._rollout(rows, torch.arange(len(prompts)).repeat_interleave(group_size), tokens, truncated)
+
+    def completions(self, rollout):
+        lengths = rollout.mask.sum(1).tolist()
+        return [row[:n] for row, n in zip(rollout.trace.tokens.tolist(), lengths, strict=True)]
+
+    def given(self, prompts, completions):
+        tokens = []
+        for answer in completions:
+            row = [int(word) for word in answer.split()] + [END] if isinstance(answer, str) else list(answer)
+            tokens.append(row[: self.max_decisions])
+        truncated = torch.tensor([row[-1] != END for row in tokens])
+        return self._rollout(prompts, torch.arange(len(prompts)), tokens, truncated)
+
+    def decisions(self, rollout, steps=None):
+        trace, mask = rollout.trace, rollout.mask
+        self.counters["scored"] += len(trace)
+        width = trace.tokens.shape[1]
+        everything = self.logits[trace.places, :width].log_softmax(-1)
+        logp = everything.gather(2, trace.tokens[..., None])[..., 0]
+        entropy = -(everything.exp() * everything).sum(-1) * mask if self.keep_entropy else None
+        value = None if self.values is None else self.values[trace.places, :width] * mask
+        found = Decisions(logp * mask, entropy=entropy, value=value)
+        return found if steps is None else found.columns(steps)
+
+    def decision_chunks(self, rollout):
+        return [list(range(rollout.logp.shape[1]))]
+
+    def fit(self, samples, seeds=()):
+        if isinstance(samples, Samples):
+            texts = samples.texts or [prompt.target for prompt in samples.prompts]
+            samples = self.given(samples.prompts, texts)
+        return -self.decisions(samples).logp.sum(1)
+
+    def generate(self, prompts, seeds, grad_steps=0):
+        best = self.logits.detach()[self._places(prompts)].argmax(-1).tolist()
+        tokens = [row[: row.index(END) + 1] if END in row else row for row in best]
+        return self._rollout(prompts, torch.arange(len(prompts)), tokens).samples
+
+    def reference(self):
+        if "reference" in self.parameters.snapshots:
+            return self.parameters.swapped("reference")
+        return contextlib.nullcontext()
+
+    def export(self, folder: Path):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+
+def share_right(samples: Samples) -> list[float]:
+    """Share of the five places that say the prompt's target; 0 for an end too early."""
+    return [text.split().count(prompt.target) / 5 for text, prompt in zip(samples.texts, samples.prompts, strict=True)]
+
+
+def exact(samples: Samples) -> list[float]:
+    """1 for the target at the first place."""
+    return [
+        float(text.split()[:1] == [prompt.target]) for text, prompt in zip(samples.texts, samples.prompts, strict=True)
+    ]
+
+
+HERE = Path(__file__).resolve()
+
+
+def table_config(run_dir: Path, algorithm: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A run on the table: four prompts, each wants one word said five times."""
+    from mmrl.overrides import merge
+
+    base = {
+        "run_dir": str(run_dir),
+        "seed": 5,
+        "pipeline": {"type": f"{HERE}:TablePolicy", "value_head": algorithm.get("type") == "ppo"},
+        "data": {"prompts": [{"text": f"p{k}", "target": str(k + 1)} for k in range(4)], "batch_size": 4},
+        "rewards": [{"type": f"{HERE}:share_right"}],
+        "algorithm": algorithm,
+        "trainer": {
+            "steps": 12,
+            "lr": 0.2,
+            "device": "cpu",
+            "tensorboard": False,
+            "optimizer_options": {"weight_decay": 0.0},
+        },
+        "eval": {"samples_per_prompt": 1},
+    }
+    return merge(base, changes)
