@@ -230,11 +230,13 @@ def _change(value: float) -> str:
 
 
 def _evaluation_rows(values: Mapping[str, Any]) -> dict[str, float]:
-    """Readable name to value of ``eval/...`` entries: totals first, ``/mean`` dropped, spreads left out."""
+    """Readable name to value of ``eval/...`` entries: totals first, no ``/mean``, no spreads, no full shares."""
     rows = {}
     for key, value in values.items():
         number = _number(value)
         name = key.removeprefix("eval/").removesuffix("/mean")
+        if name.endswith("/share") and number == 1:
+            continue
         if number is not None and name != "step" and not name.endswith("/std") and not name.startswith("time/"):
             rows[name] = number
     return dict(sorted(rows.items(), key=lambda row: {"reward": 0, "diversity": 2}.get(row[0], 1)))

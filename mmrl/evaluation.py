@@ -54,6 +54,7 @@ class Evaluation:
             tally.spread("eval/reward", scores.total)
             for name, values in scores.each.items():
                 tally.spread(f"eval/{name}", values)
+                tally.mean(f"eval/{name}/share", (~values.isnan()).float())
             if folder is not None:
                 names = [f"{number:03d}-{k}" for number in numbers for k in range(self.samples_per_prompt)]
                 outputs = _save_outputs(samples, folder, names)
