@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,13 @@ class Processed:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def types(self) -> Tensor:
+        """Long ``[P]``, not 0 at place holders of pictures, for families that are told so."""
+        return next(
+            (self.token_types[key] for key in TOKEN_TYPES if key in self.token_types), torch.zeros_like(self.ids)
+        )
+
 
 class Reader:
     """Turns prompts into :class:`Processed`.
@@ -73,7 +80,10 @@ class Reader:
         self.system_prompt = system_prompt
         self.max_tokens = max_tokens
         self.chat_options = dict(chat_options or {})
+        # How conversations change before they are written, where tools are described in them.
+        self.prepare: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None
         self._image_id = getattr(model.config, "image_token_id", None)
+        self._video_id = getattr(model.config, "video_token_id", None)
         self._rope_index = getattr(model.base_model, "get_rope_index", None)
         self._has_template = any(getattr(p, "chat_template", None) for p in (processor, self.tokenizer))
 
@@ -89,7 +99,8 @@ class Reader:
                 if id(prompt) not in seen:
                     messages, pictures, clips = self.conversation(prompt, shelf)
                     text = self.render(messages, True)
-                    seen[id(prompt)] = self.process(text, pictures, clips, shelf, prompt.id or prompt.text[:40])
+                    row = prompt.id or prompt.text[:40]
+                    seen[id(prompt)] = self.process(text, pictures, clips, shelf, row, options=prompt.inputs)
         return [seen[id(prompt)] for prompt in prompts]
 
     def conversation(self, prompt: Prompt, shelf: Shelf) -> tuple[list[dict[str, Any]], list[Any], list[Any]]:
@@ -110,7 +121,8 @@ class Reader:
             found[kind] = [open_it(next(rest) if _own(part, keys) is None else _own(part, keys), row) for part in parts]
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
-        return [_plain(message) for message in messages], found["image"], found["video"]
+        messages = [_plain(message) for message in messages]
+        return self.prepare(messages) if self.prepare else messages, found["image"], found["video"]
 
     def render(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
         """The conversation as text by the chat template; without a template its texts, pictures first."""
@@ -125,23 +137,37 @@ class Reader:
         return media + "\n".join(part["text"] for part in parts if part["type"] == "text")
 
     def process(
-        self, text: str, pictures: Sequence[Any], clips: Sequence[Any], shelf: Shelf, row: str, first: bool = True
+        self,
+        text: str,
+        pictures: Sequence[Any],
+        clips: Sequence[Any],
+        shelf: Shelf,
+        row: str,
+        first: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> Processed:
-        """Tokenise text with pictures; ``first`` is False for text that goes on a conversation."""
+        """Tokenise text with pictures.
+
+        Args:
+            text: with a mark for each of the opened ``pictures`` and ``clips``.
+            first: False for text that goes on a conversation.
+            options: further arguments of the processor.
+        """
         given: dict[str, Any] = {}
         if pictures:
             given["images"] = [list(pictures)]
         if clips:
             given |= {"videos": [list(clips)]} | _clip_options(self.processor, clips)
+        given |= options or {}
         bos = self.tokenizer.bos_token
         if not first or (bos and text.startswith(bos)):
             given["add_special_tokens"] = False
         try:
             data = self.processor(text=[text], return_tensors="pt", **given)
-        except (ValueError, IndexError, RuntimeError, OSError) as error:
+        except (ValueError, IndexError, RuntimeError, OSError, ImportError) as error:
             raise UserError(f"row '{row}': the processor refuses it: {error}") from error
         ids = data["input_ids"][0]
-        if self.max_tokens is not None and len(ids) > self.max_tokens:
+        if first and self.max_tokens is not None and len(ids) > self.max_tokens:
             raise UserError(
                 f"row '{row}': its prompt has {len(ids)} tokens, but at most {self.max_tokens} are allowed "
                 "(max_prompt_tokens, or the context less max_new_tokens); shrink its pictures or leave it out"
@@ -155,7 +181,10 @@ class Reader:
         media = []
         if pictures or clips:
             key = tuple(shelf.key(item) for item in (*pictures, *clips))
-            media = [shelf.media.setdefault(key, Media(tensors, len(pictures), len(clips)))]
+            as_pictures = bool(clips) and self._video_id not in ids
+            if as_pictures and pictures and "pixel_values_videos" in tensors:
+                raise UserError(f"row '{row}': {type(self.processor).__name__} takes pictures or clips in a row, not both")
+            media = [shelf.media.setdefault(key, Media(tensors, len(pictures), len(clips), as_pictures))]
         types = {key: data[key][0] for key in TOKEN_TYPES if key in data}
         positions, delta = self.positions(ids, types, media)
         sizes = processed_sizes(self.processor, tensors, pictures)

@@ -27,12 +27,14 @@ class Media:
     Attributes:
         tensors: what the processor made of them: ``pixel_values``, ``image_grid_thw`` and so on.
         images, videos: how many.
+        clips_as_pictures: the place holders of clips are those of pictures.
         features: per modality the output of the vision tower, kept while the tower does not train.
     """
 
     tensors: dict[str, Any]
     images: int = 0
     videos: int = 0
+    clips_as_pictures: bool = False
     features: dict[str, Any] | None = field(default=None, repr=False)
 
 

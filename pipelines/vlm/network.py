@@ -33,6 +33,7 @@ class Network:
         self.model = model
         self.counters = counters
         self.keep_features = False
+        self._held: list[Media] | None = None
         self.head = model.get_output_embeddings()
         self.accepted = frozenset(inspect.signature(model.forward).parameters)
         text = model.config.get_text_config()
@@ -72,18 +73,34 @@ class Network:
                 encode = self._encoder(kind)
                 names = inspect.signature(encode).parameters
                 found[kind] = _kept(encode(**{k: v for k, v in given.items() if k in names}, return_dict=True))
+        if media.clips_as_pictures and "video" in found:
+            found = {"image": found["video"]}
         self.counters["images_encoded"] += media.images
         self.counters["videos_encoded"] += media.videos
-        if self.keep_features:
+        if self.keep_features or self._held is not None:
             media.features = found
+            if not self.keep_features:
+                self._held.append(media)
         return found
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Inside, no weight changes and no gradient is wanted, so that every picture is encoded once."""
+        self._held = []
+        try:
+            yield
+        finally:
+            for media in self._held:
+                media.features = None
+            self._held = None
 
     def media_inputs(self, media: Sequence[Media]) -> dict[str, Any]:
         """The forward's arguments for pictures in the order of their place holders."""
         if not media:
             return {}
         if self.encodes_apart:
-            parts = [self.features(one) for one in media]
+            once = {id(one): self.features(one) for one in {id(one): one for one in media}.values()}
+            parts = [once[id(one)] for one in media]
             kinds = dict.fromkeys(kind for part in parts for kind in part)
             joined = {kind: _join_outputs([part[kind] for part in parts if kind in part]) for kind in kinds}
             return {"mm_encoder_outputs": joined}

@@ -19,12 +19,15 @@ from mmrl.seeding import generator
 from mmrl.types import Decisions, Prompt, Rollout, Samples
 from pipelines.adapters import LoRA
 from pipelines.loading import quiet
+from pipelines.tools import build_tools
+from pipelines.tools.toolbox import Toolbox
 from pipelines.vlm import loading, training
 from pipelines.vlm.decoding import Completions, Decoder, Sampling, widened
+from pipelines.vlm.dialogue import Dialogues
 from pipelines.vlm.inputs import Processed, Reader, prompt_keys
 from pipelines.vlm.loading import LoadedVLM
 from pipelines.vlm.network import Network
-from pipelines.vlm.prefix import Trace, text_trace, unique_prompts
+from pipelines.vlm.prefix import Trace, begin, text_trace
 from pipelines.vlm.scoring import Scorer, Scores, Share
 from pipelines.vlm.supervised import Answers
 from pipelines.vlm.training import Part, ValueHead, VLMLoRA
@@ -51,6 +54,13 @@ class VLMPolicy:
         ban_media_tokens: place holders of pictures, and ids that are no token, are neither sampled nor scored.
         max_prompt_tokens: longer prompts are refused; the default is what the context leaves.
         system_prompt: put in front of conversations that have none.
+        tools: that the model may call in the middle of an answer: ``{type: crop_zoom, ...}`` (see
+            :data:`pipelines.tools.TOOLS`) or objects that are tools.
+        environment: answers the model's turns in place of tools (:class:`mmrl.dialogue.Environment`).
+        max_turns: of the model, in dialogues with tools or an environment; one that wants more is cut.
+        max_dialogue_tokens: behind the prompt, those of tools included; the default is what the context leaves.
+        bad_calls: a call of a tool that makes no sense is answered by an error (``tell``) or ends the dialogue.
+        describe_tools: say in the prompt which tools there are; not needed by a model that was trained with them.
         chat_options: further variables of the chat template.
         lora: adapters to train; None trains weights.
         freeze: parts that do not train.
@@ -84,6 +94,12 @@ class VLMPolicy:
         max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None,
         system_prompt: str | None = None,
         chat_options: dict[str, Any] | None = None,
+        tools: Sequence[Any] = (),
+        environment: Any = None,
+        max_turns: Annotated[int, Field(ge=1)] = 4,
+        max_dialogue_tokens: Annotated[int, Field(ge=1)] | None = None,
+        bad_calls: Literal["tell", "end"] = "tell",
+        describe_tools: bool = True,
         lora: VLMLoRA | None = None,
         freeze: Sequence[Part] = (),
         batch_size: Annotated[int, Field(ge=1)] = 8,
@@ -129,17 +145,31 @@ class VLMPolicy:
             training.enable_checkpointing(model)
             log.warning("gradient_checkpointing: updates run every row in full, since recomputation excludes caches")
         self.scorer = Scorer(self.network, share_prefix, gradient_checkpointing, self.value_head, logits_in_memory)
+        if tools:
+            environment = Toolbox(build_tools(tools), bad_calls)
+        self.dialogues: Dialogues | None = None
+        if environment is not None:
+            parts = self.reader, self.network, self.decoder, environment
+            share = share_prefix != "never"
+            self.dialogues = Dialogues(*parts, max_turns, max_dialogue_tokens, describe_tools, share, self.value_head)
 
     @staticmethod
-    def validate(model: str | None = None, **others: Any) -> None:
+    def validate(model: str | None = None, tools: Sequence[Any] = (), environment: Any = None, **others: Any) -> None:
         """Check what needs no model in memory; raises ``UserError``."""
+        build_tools(tools)
+        if tools and environment is not None:
+            raise UserError("pipeline has both 'tools' and 'environment': tools are an environment, leave one out")
         if model is not None:
             loading.resolve(model)
 
     @staticmethod
-    def forwards_per_sample(max_new_tokens: int, **others: Any) -> dict[str, int]:
+    def forwards_per_sample(
+        max_new_tokens: int, tools: Sequence[Any] = (), environment: Any = None, max_turns: int = 1, **others: Any
+    ) -> dict[str, int]:
         """Network rows that one sample costs per verb at most; a prompt's own run is shared by its group."""
-        return {"rollout": max_new_tokens, "decisions": 1, "fit": 1, "generate": max_new_tokens}
+        turns = max_turns if tools or environment is not None else 1
+        sampling = turns * max_new_tokens + turns - 1
+        return {"rollout": sampling, "decisions": 1, "fit": 1, "generate": sampling}
 
     @property
     def has_frozen_base(self) -> bool:
@@ -170,7 +200,7 @@ class VLMPolicy:
         keys = list(prompt_keys(prompts))
         draws = [generator(seed, "sample", *key, k) for key in keys for k in range(group_size)]
         rollout = self._sample(prompts, group_size, draws, self.sampling)
-        self.scorer.check(rollout.trace, rollout.logp, self.temperature, self.banned)
+        self.scorer.check(rollout.trace, rollout.mask.cpu(), rollout.logp, self.temperature, self.banned)
         if self.scorer.resample:
             with torch.no_grad():
                 found = self.decisions(rollout)
@@ -181,10 +211,12 @@ class VLMPolicy:
     def _sample(
         self, prompts: Sequence[Prompt], group_size: int, draws: Sequence[torch.Generator], sampling: Sampling
     ) -> Rollout:
+        portion = max(1, self.rollout_batch_size // group_size) * group_size
+        if self.dialogues is not None:
+            return self.dialogues.sample(prompts, group_size, draws, sampling, portion)
         processed = [prompt for prompt in self.reader.read(prompts) for _ in range(group_size)]
         uniforms = torch.stack([torch.rand(sampling.max_new_tokens, generator=draw) for draw in draws])
         group = torch.arange(len(prompts)).repeat_interleave(group_size)
-        portion = max(1, self.rollout_batch_size // group_size) * group_size
         found = Completions.cat(
             [
                 self._complete(processed[begin : begin + portion], uniforms[begin : begin + portion], sampling)
@@ -205,12 +237,7 @@ class VLMPolicy:
 
     def _complete(self, prompts: Sequence[Processed], uniforms: Tensor, sampling: Sampling) -> Completions:
         """Completions of rows; equal prompts run once."""
-        distinct, place = unique_prompts(prompts) if self.share_prefix != "never" else (prompts, None)
-        state, cache, mask = self.network.prefill(distinct)
-        if place is not None and len(distinct) < len(prompts):
-            place = place.to(self.device)
-            cache.batch_select_indices(place)
-            state, mask = state[place], mask[place]
+        state, cache, mask = begin(self.network, prompts, self.share_prefix != "never")
         position = torch.tensor([len(prompt) + prompt.delta for prompt in prompts])
         axes = len(prompts[0].positions)
         return self.decoder(state, cache, mask, position, axes, uniforms, sampling, self.value_head)

@@ -71,7 +71,7 @@ def joined_trace(
         for part, counts in parts:
             place = slice(begin, begin + len(part))
             tokens[i, place], mask[i, place] = part.ids, counts
-            types[i, place] = part.token_types.get("mm_token_type_ids", torch.zeros_like(part.ids))
+            types[i, place] = part.types
             begin += len(part)
         media.append([one for part, _ in parts for one in part.media])
         positions[i, :, :begin] = reader.positions_after(head, tokens[i, :begin], types[i, :begin], media[i])
@@ -87,6 +87,17 @@ def unique_prompts(prompts: Sequence[Processed]) -> tuple[list[Processed], Tenso
             place[id(prompt)] = len(distinct)
             distinct.append(prompt)
     return distinct, torch.tensor([place[id(prompt)] for prompt in prompts])
+
+
+def begin(network: Network, prompts: Sequence[Processed], share: bool) -> tuple[Tensor, Any, Tensor]:
+    """Run the prompts of rows, with ``share`` equal ones once: last states ``[N, H]``, cache and mask ``[N, P]``."""
+    distinct, place = unique_prompts(prompts) if share else (prompts, None)
+    state, cache, mask = network.prefill(distinct)
+    if place is not None and len(distinct) < len(prompts):
+        place = place.to(network.device)
+        cache.batch_select_indices(place)
+        state, mask = state[place], mask[place]
+    return state, cache, mask
 
 
 def states_shared(network: Network, trace: Trace) -> Tensor:

@@ -63,7 +63,7 @@ class Scorer:
         self.gradient_checkpointing = gradient_checkpointing
         self.value_head = value_head
         self.logits_in_memory = logits_in_memory
-        self._checked = share == "always"
+        self._checked: set[bool] = {False, True} if share == "always" else set()
 
     def __call__(
         self, trace: Trace, mask: Tensor, temperature: float = 1.0, banned: Tensor | None = None, entropy: bool = False
@@ -72,16 +72,18 @@ class Scorer:
         return self._of_states(self._states(trace), trace, mask, temperature, banned, entropy)
 
     @torch.no_grad()
-    def check(self, trace: Trace, sampled: Tensor, temperature: float, banned: Tensor | None) -> None:
-        """Compare, once, sampled log-probs ``[N, T]`` and the shared run with a full run of a few rows.
+    def check(self, trace: Trace, mask: Tensor, sampled: Tensor, temperature: float, banned: Tensor | None) -> None:
+        """Compare sampled log-probs ``[N, T]`` at the model's tokens ``mask``, and the shared run, with a full run.
 
-        The work counters stay as they were.
+        Done for a few rows of the first rollout, and again once pictures have come in between. The work counters stay
+        as they were.
         """
-        if self._checked:
+        pictures = any(trace.media)
+        if pictures in self._checked:
             return
-        self._checked = True
-        rows = _varied_rows(trace)
-        few, mask = trace[rows], trace[rows].live(trace.tokens.shape[1])
+        self._checked.add(pictures)
+        rows = [i for i, media in enumerate(trace.media) if media][:4] if pictures else _varied_rows(trace)
+        few, mask = trace[rows], mask[rows]
         before = dict(self.network.counters)
         full = self._of_states(states_plain(self.network, few), few, mask, temperature, banned, False).logp
         largest, exact = self._compare(full, sampled[rows][:, : full.shape[1]])
@@ -94,7 +96,7 @@ class Scorer:
                 kind,
                 largest,
             )
-        if self.sharing is None:
+        if self.sharing is None or (pictures and self.sharing and not self.network.needs_full_run(few)):
             states = states_shared(self.network, few)
             shared = self._of_states(states, few, mask, temperature, banned, False).logp
             largest, self.sharing = self._compare(full, shared)
