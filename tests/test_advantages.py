@@ -1,9 +1,20 @@
 """Advantages against hand-computed numbers and invariants."""
 
+import math
+
 import pytest
 import torch
 
-from mmrl.advantages import constant_groups, decoupled_advantages, group_advantages
+from mmrl.advantages import (
+    constant_groups,
+    decoupled_advantages,
+    discounted_returns,
+    generalized_advantages,
+    group_advantages,
+    last_decision_rewards,
+    soft_advantages,
+    whiten,
+)
 from mmrl.algorithms.preference import pair_up
 
 SCORES = torch.tensor([1.0, 2.0, 3.0, 5.0, 5.0, 5.0, 0.0, 4.0])
@@ -69,3 +80,65 @@ def test_pairs_are_best_against_worst_within_a_group():
     assert (winners.tolist(), losers.tolist()) == ([1], [3])
     winners, losers = pair_up(scores, group, per_group=2)
     assert (winners.tolist(), losers.tolist()) == ([1, 2], [3, 0])
+
+
+def test_opo_gpg_and_pass_at_k_by_hand():
+    lengths = torch.tensor([1, 1, 2, 1, 1, 1, 3, 1])
+    # (1 + 2 + 2 * 3) / 4 = 2.25 and (3 * 0 + 4) / 4 = 1
+    out = group_advantages(SCORES, GROUP, "opo", lengths=lengths)
+    assert out.tolist() == pytest.approx([-1.25, -0.25, 0.75, 0, 0, 0, -1, 3])
+    # Five of eight samples are in groups with a spread.
+    out = group_advantages(SCORES, GROUP, "gpg")
+    assert out.tolist() == pytest.approx([-1.6, 0, 1.6, 0, 0, 0, -3.2, 3.2])
+    out = group_advantages(SCORES, GROUP, "pass_at_k", eps=0.0)
+    assert out.tolist() == pytest.approx([0, 0, 1, 0, 0, 0, 0, 4 / 8**0.5])
+
+
+MASK = torch.tensor([[True, True, False, True], [True, False, False, False]])
+
+
+def test_the_last_decision_gets_the_reward():
+    rewards = last_decision_rewards(torch.tensor([2.0, torch.nan]), MASK)
+    assert rewards.tolist() == [[0, 0, 0, 2], [0, 0, 0, 0]]
+
+
+def test_returns_skip_masked_decisions():
+    rewards = torch.tensor([[1.0, 0.0, 9.0, 4.0], [3.0, 9.0, 9.0, 9.0]])
+    # 1 + (0 + 4 / 2) / 2 = 2
+    assert discounted_returns(rewards, MASK, 0.5).tolist() == [[2, 2, 0, 4], [3, 0, 0, 0]]
+
+
+def test_gae_by_hand():
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
+    values = torch.tensor([[0.5, 0.25, 9.0, 0.5], [1.0, 9.0, 9.0, 9.0]])
+    advantage, returns = generalized_advantages(rewards, values, MASK, gamma=1.0, lam=0.5)
+    # deltas: last 1 - 0.5; second 0.5 - 0.25 (the value after the masked decision); first 0.25 - 0.5
+    expected = [[-0.25 + 0.5 * (0.25 + 0.5 * 0.5), 0.25 + 0.5 * 0.5, 0, 0.5], [1, 0, 0, 0]]
+    assert advantage.tolist() == expected
+    assert returns.tolist() == [[expected[0][0] + 0.5, 0.75, 0, 1], [2, 0, 0, 0]]
+
+
+def test_gae_with_lambda_1_is_return_minus_value():
+    torch.manual_seed(0)
+    rewards, values = torch.randn(2, 3, 6).unbind(0)
+    mask = torch.rand(3, 6) > 0.3
+    advantage, returns = generalized_advantages(rewards, values, mask, gamma=0.9, lam=1.0)
+    expected = discounted_returns(rewards, mask, 0.9)
+    assert torch.allclose(returns, expected, atol=1e-6)
+    assert torch.allclose(advantage, (expected - values) * mask, atol=1e-6)
+
+
+def test_whitening_is_over_unmasked_decisions():
+    torch.manual_seed(0)
+    values = torch.randn(2, 4) * 3 + 1
+    out = whiten(values, MASK)
+    assert out[MASK].mean().item() == pytest.approx(0, abs=1e-6)
+    assert out[MASK].std().item() == pytest.approx(1, abs=1e-5)
+    assert (out[~MASK] == 0).all()
+
+
+def test_soft_advantages_keep_order_and_slope_at_zero():
+    advantage = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], requires_grad=True)
+    out = soft_advantages(advantage, 1.0, 0.5)
+    assert out.tolist() == pytest.approx([-2 * (math.e - 1), -2 * (math.e**0.5 - 1), 0, math.log(2), math.log(3)])
+    assert torch.equal(soft_advantages(advantage, 0.0, 0.0), advantage)

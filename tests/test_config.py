@@ -144,7 +144,7 @@ def test_reward_from_a_file_beside_the_config(tmp_path):
         ("pipeline.window=[9]", "window [9] has step 9"),
         ("pipeline.window={first: 40}", "asks for 40 steps"),
         ("seed=-1", "'seed' is -1"),
-        ("pipeline=null", "'pipeline.type' is missing (choices: diffusion)"),
+        ("pipeline=null", "'pipeline.type' is missing (choices: diffusion, vlm)"),
         ("stages=[]", "'stages' is a list, but should be a list of at least one stage"),
         ("stages=[3]", "'stages.0' is 3, but should be a mapping"),
         ("stages=[{nam: a}]", "unknown key 'stages.0.nam' (did you mean 'name'?)"),
@@ -246,7 +246,7 @@ def test_every_registered_component_has_typed_options_that_do_not_clash():
             assert model.model_config["extra"] == "forbid", name
             if kind == "reward":
                 assert not set(model.model_fields) & (set(term_model().model_fields) | {"type"}), name
-    assert set(PIPELINES) == {"diffusion"}
+    assert {"diffusion", "vlm"} <= set(PIPELINES)
 
 
 def test_a_policy_is_loaded_and_wrapped_and_may_refuse_options(tmp_path):

@@ -108,6 +108,83 @@ def test_dppo_drops_only_what_moves_further_away():
     assert loss.tolist() == pytest.approx([0.0, 1.1, -0.9, 0.0, -1.1])
 
 
+def test_soft_clip_by_hand():
+    ratio = torch.tensor([1.0, 2.0, 0.5], requires_grad=True)
+    advantage = torch.tensor([1.0, -2.0, -1.0])
+    loss = losses.soft_clipped_loss(ratio, advantage, positive=1.0, negative=2.0)
+    # -A 4/tau sigmoid(tau (r - 1)): -4 * 0.5; 2 * 2 * sigmoid(2); 2 * sigmoid(-1)
+    expected = [-2.0, 4 / (1 + math.exp(-2)), 2 / (1 + math.e)]
+    assert loss.tolist() == pytest.approx(expected)
+    loss.sum().backward()
+    assert ratio.grad[0].item() == pytest.approx(-1.0), "on-policy the gradient is that of -A r"
+
+
+def test_geometric_mean_by_hand():
+    log_ratio = torch.tensor([[0.5, -0.1, 9.0], [0.5, -0.6, 0.2]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    advantage = torch.tensor([[2.0], [-1.0]])
+    loss = losses.geometric_mean_loss(log_ratio, advantage, mask, 0.4, 0.4)
+    # A > 0 takes min(x, clip x): 0.4, -0.1, mean 0.15. A < 0 takes max: 0.5, -0.4, 0.2, mean 0.1.
+    assert loss[0].tolist() == pytest.approx([-2 * math.exp(0.15)] * 3)
+    assert loss[1].tolist() == pytest.approx([math.exp(0.1)] * 3)
+
+
+def test_gspo_token_has_the_value_of_gspo_and_each_tokens_gradient():
+    logp = torch.tensor([[0.3, 0.5, 9.0]], requires_grad=True)
+    old, mask = torch.tensor([[0.1, 0.1, 0.0]]), torch.tensor([[True, True, False]])
+    found = losses.sequence_token_log_ratio(logp, old, mask)
+    assert found[0].tolist() == pytest.approx([0.3] * 3)
+    found[0, 1].backward()
+    assert logp.grad.tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_regression_by_hand():
+    log_ratio = torch.tensor([[0.2, 0.4]], requires_grad=True)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    loss = losses.regression_loss(log_ratio, torch.tensor([[1.0]]), mask, 0.5, torch.tensor([[0.1]]))
+    # (0.5 (0.3 - 0.1) - 1)^2 / (2 * 0.5)
+    assert loss[0].tolist() == pytest.approx([0.81, 0.81])
+    loss.mean().backward()
+    # -(1 - 0.1) / 2 for each of two decisions
+    assert log_ratio.grad[0].tolist() == pytest.approx([-0.45, -0.45])
+
+
+def test_kl_with_another_gradient_keeps_its_value():
+    logp = torch.tensor([0.3, -1.0], requires_grad=True)
+    reference = torch.tensor([0.1, -0.4])
+    for estimator in ("k1", "k3"):
+        value = losses.sampled_kl(logp, reference, estimator, gradient="k2")
+        assert torch.allclose(value, losses.sampled_kl(logp, reference, estimator))
+        (grad,) = torch.autograd.grad(value.sum(), logp)
+        assert torch.allclose(grad, logp.detach() - reference)
+
+
+def test_importance_weights_by_hand():
+    logp, behaviour = torch.tensor([[0.0, -1.0, 5.0]]), torch.tensor([[-1.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, False]])
+    token = losses.importance_weights(logp, behaviour, mask, "token", "truncate", 2.0)
+    assert token[0, :2].tolist() == pytest.approx([2.0, math.exp(-1)])
+    dropped = losses.importance_weights(logp, behaviour, mask, "token", "mask", 2.0, 0.5)
+    assert dropped[0, :2].tolist() == [0.0, 0.0]
+    sequence = losses.importance_weights(logp, behaviour, mask, "sequence", "truncate", 2.0)
+    assert sequence[0].tolist() == pytest.approx([1.0] * 3)
+
+
+def test_value_loss_by_hand():
+    value, old, returns = torch.tensor([1.0, 0.1]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])
+    # Moving by more than the clip counts as no progress: (0.2 - 1)^2 / 2.
+    assert losses.value_loss(value, old, returns, 0.2).tolist() == pytest.approx([0.32, 0.405])
+    assert losses.value_loss(value, old, returns, None).tolist() == pytest.approx([0.0, 0.405])
+
+
+def test_blocks_are_means_of_means():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]], dtype=torch.bool)
+    values = torch.arange(9.0).reshape(3, 3)
+    weight = losses.aggregation_weights(mask, "blocks", 3, 6, 3, block_rows=2, blocks=2)
+    # Blocks of rows 0, 1 and of row 2: (0 + 1 + 2 + 3) / 4 and (6 + 7) / 2.
+    assert (weight * values).sum().item() == pytest.approx((1.5 + 6.5) / 2)
+
+
 @pytest.mark.parametrize("how", ["sequence", "token", "constant"])
 def test_aggregation_does_not_depend_on_how_the_step_is_cut(how):
     torch.manual_seed(0)

@@ -26,7 +26,6 @@ from mmrl.algorithms.regularisers import EntropyBonus, EntropyTarget, Importance
 from mmrl.errors import UserError
 from mmrl.types import Decisions, Prompt
 
-
 _HOW = {
     "values": ", a value head: switch it on (pipeline.value_head)",
     "means": ", which are those of Gaussian decisions: for tokens use kl k1, k2 or k3",
