@@ -181,9 +181,11 @@ class Reader:
         media = []
         if pictures or clips:
             key = tuple(shelf.key(item) for item in (*pictures, *clips))
-            as_pictures = bool(clips) and self._video_id not in ids
+            as_pictures = bool(clips) and (self._video_id is None or self._video_id not in ids)
             if as_pictures and pictures and "pixel_values_videos" in tensors:
-                raise UserError(f"row '{row}': {type(self.processor).__name__} takes pictures or clips in a row, not both")
+                raise UserError(
+                    f"row '{row}': {type(self.processor).__name__} takes pictures or clips in a row, not both"
+                )
             media = [shelf.media.setdefault(key, Media(tensors, len(pictures), len(clips), as_pictures))]
         types = {key: data[key][0] for key in TOKEN_TYPES if key in data}
         positions, delta = self.positions(ids, types, media)
@@ -201,6 +203,10 @@ class Reader:
             known["mm_token_type_ids"] = torch.zeros_like(ids)[None]
         positions, delta = self._rope_index(input_ids=ids[None], **known)
         return positions[:, 0], int(delta.flatten()[0])
+
+    def plain(self, ids: Tensor) -> Processed:
+        """Tokens of text alone that go on a conversation."""
+        return Processed(ids, {}, [], torch.zeros(1, len(ids), dtype=torch.long), 0)
 
     def positions_after(self, head: Processed, ids: Tensor, types: Tensor, media: Sequence[Media]) -> Tensor:
         """Positions ``[3 or 1, t]`` of tokens that follow a prompt, with the pictures among them."""
