@@ -55,7 +55,7 @@ class Answers:
         ids = self.reader.answer_ids(text) if text else torch.zeros(0, dtype=torch.long)
         if ended:
             ids = torch.cat([ids, torch.tensor([self.end_id()])])
-        return Processed(ids, {}, [], torch.zeros(1, len(ids), dtype=torch.long), 0)
+        return self.reader.plain(ids)
 
     def end_id(self) -> int:
         """The id that ends the assistant's turn in the chat template, else the first end id of the model."""
