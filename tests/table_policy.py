@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmrl.algorithms.base import Context
+from mmrl.algorithms.experience import Experience
+from mmrl.data import PromptSampler
 from mmrl.policy import Parameters
+from mmrl.scoring import Scorer
 from mmrl.seeding import generator
-from mmrl.types import Decisions, Rollout, Rows, Samples
+from mmrl.tally import Clock, Tally
+from mmrl.types import Decisions, Prompt, Rollout, Rows, Samples
 
 END = 0
 
@@ -34,6 +39,7 @@ class Trace(Rows):
 class TablePolicy:
     """Prompt "p3" has the third table; texts are token numbers with spaces; token 0 ends."""
 
+    verbs = frozenset({"rollout", "decisions", "fit", "generate", "entropy", "values", "given"})
     load = staticmethod(lambda model=None: None)
 
     def __init__(
@@ -49,12 +55,11 @@ class TablePolicy:
     ):
         self.logits = nn.Parameter(spread * torch.randn(prompts, length, words, generator=generator(seed, "logits")))
         named = {"logits": self.logits}
-        self.verbs = frozenset({"rollout", "decisions", "fit", "generate", "entropy", "given"})
-        self.values = None
+        self.values = nn.Parameter(torch.zeros(prompts, length)) if value_head else None
         if value_head:
-            self.values = nn.Parameter(torch.zeros(prompts, length))
             named["values"] = self.values
-            self.verbs |= {"values"}
+        else:
+            self.verbs = self.verbs - {"values"}
         self.parameters = Parameters(named)
         self.counters = Counter()
         self.batch_size = batch_size
@@ -153,6 +158,28 @@ def exact(samples: Samples) -> list[float]:
     return [
         float(text.split()[:1] == [prompt.target]) for text, prompt in zip(samples.texts, samples.prompts, strict=True)
     ]
+
+
+def table_context(policy: TablePolicy, reward=share_right, micro_batch_size: int = 8, prompts: int = 4) -> Context:
+    """What the trainer would lend an algorithm, with ``prompts`` prompts."""
+    rows = [Prompt(f"p{k}", id=f"p{k}", target=str(k + 1)) for k in range(prompts)]
+    sampler = PromptSampler(rows, prompts, shuffle=False)
+    return Context(policy, Scorer([reward]), 7, micro_batch_size, Clock(), Tally(), sampler)
+
+
+def take_step(algorithm, context: Context, step: int = 0, lr: float = 1.0) -> Experience:
+    """One training step of plain gradient descent."""
+    with torch.no_grad():
+        experience = algorithm.collect(context, context.prompts.batch(step), step)
+    for update in algorithm.updates(context, experience, step):
+        for micro_batch in update.micro_batches:
+            algorithm.loss(context, micro_batch).backward()
+        with torch.no_grad():
+            for parameter in context.policy.parameters:
+                if parameter.grad is not None:
+                    parameter -= lr * parameter.grad
+                    parameter.grad = None
+    return experience
 
 
 HERE = Path(__file__).resolve()

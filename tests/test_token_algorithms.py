@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from table_policy import TablePolicy, table_config
+from table_policy import TablePolicy, table_config, table_context, take_step
 
 from mmrl import run
+from mmrl.components import algorithm_component, build_algorithm
 from mmrl.config import parse_config
 from mmrl.errors import UserError
 from mmrl.registry import ALGORITHMS
+from mmrl.seeding import generator
 
 POLICY_GRADIENT = [
     name
@@ -55,3 +57,144 @@ def test_learns(tmp_path, name):
     found = rewards(tmp_path / "run")
     assert found[0] < 0.2
     assert sum(found[-3:]) / 3 > found[0] + 0.2, found
+
+
+def named(type: str, **options):
+    """The algorithm that a config's ``algorithm`` section would build."""
+    return build_algorithm(algorithm_component({"type": type, **options}, where="test", path="algorithm"))
+
+
+def moved(algorithm, micro_batch_size=8, lr=1.0):
+    """How one step of plain gradient descent moves each parameter."""
+    policy = TablePolicy(spread=1.0, seed=3, value_head=True)
+    policy.parameters.take_snapshot("reference")
+    policy.parameters.snapshots["reference"]["logits"] += 0.3 * torch.randn(4, 5, 6, generator=generator(0))
+    start = {key: value.clone() for key, value in policy.parameters.state().items()}
+    take_step(algorithm, table_context(policy, micro_batch_size=micro_batch_size), lr=lr)
+    return {key: value - start[key] for key, value in policy.parameters.state().items()}
+
+
+CUT = {
+    "grpo": {"kl_coef": 0.5, "minibatches": 2},
+    "dapo": {"epochs": 2},
+    "bnpo": {"block_rows": 3},
+    "gspo": {"epochs": 2},
+    "gspo_token": {},
+    "cispo": {},
+    "sapo": {},
+    "gmpo": {},
+    "dr_grpo": {},
+    "reg_grpo": {"epochs": 2},
+    "reinforce_plus_plus": {"group_size": 8, "kl_coef": 0.1, "epochs": 2},
+    "ppo": {"group_size": 8, "kl_coef": 0.1, "epochs": 2},
+    "remax": {"group_size": 4},
+    "top_entropy": {"type": "grpo", "top_entropy": 0.4, "entropy_coef": 0.1},
+    "importance": {"type": "grpo", "importance": {"level": "sequence"}, "epochs": 2},
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_gradient_does_not_depend_on_micro_batches(name):
+    options = {"type": name, **CUT[name]}
+    whole, cut = moved(named(**options), micro_batch_size=32), moved(named(**options), micro_batch_size=3)
+    assert whole["logits"].abs().max() > 1e-3
+    assert all((whole[key] - cut[key]).abs().max() < 1e-6 for key in whole)
+
+
+def test_gradient_does_not_depend_on_minibatches():
+    """Each prompt has its own table, so the updates of minibatches are parts of the whole one."""
+    options = {"type": "rloo", "aggregation": "constant"}
+    whole = moved(named(**options))["logits"]
+    cut = moved(named(**options, minibatches=4))["logits"]
+    # Each of four updates divides by a quarter of the samples.
+    assert torch.allclose(cut, 4 * whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "reg_grpo", "gspo"])
+def test_learning_rate_0_changes_nothing(tmp_path, name):
+    algorithm = {"type": name, "group_size": 4, "epochs": 2, "kl_coef": 0.1}
+    train(table_config(tmp_path / "run", algorithm, trainer={"lr": 1e-30, "steps": 2}))
+    found = [line for line in lines(tmp_path / "run") if "loss" in line]
+    assert all(line["ratio/max_abs_dev"] == 0.0 and line["kl"] == 0.0 for line in found)
+    assert all(line["ratio/clip_fraction"] == 0.0 for line in found)
+
+
+def test_adapted_entropy_bonus_resumes_bit_exactly(tmp_path):
+    algorithm = {"type": "grpo", "entropy_coef": 0.01, "entropy_target": {"target": 1.6, "delta": 0.01}, "epochs": 2}
+    trainer = {"steps": 6, "save_every": 3}
+    train(table_config(tmp_path / "straight", algorithm, trainer=trainer))
+    train(table_config(tmp_path / "stopped", algorithm, trainer=trainer))
+    state = json.loads((tmp_path / "stopped/checkpoints/step-000003/state.json").read_text())
+    assert state["training"]["algorithm"]["coefficient"] != 0.01
+    # As if it had been killed after the third step.
+    later = tmp_path / "stopped/checkpoints/step-000006"
+    for file in later.iterdir():
+        file.unlink()
+    later.rmdir()
+    run.resume(tmp_path / "stopped")
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
+    one, other = weights(tmp_path / "stopped", 6), weights(tmp_path / "straight", 6)
+    assert torch.equal(one["logits"], other["logits"])
+    last = [tmp_path / f"{name}/checkpoints/step-000006/state.json" for name in ("stopped", "straight")]
+    one, other = (json.loads(path.read_text())["training"]["algorithm"] for path in last)
+    assert one == other
+
+
+def test_entropy_bonus_keeps_entropy_up(tmp_path):
+    for name, coefficient in (("without", 0.0), ("with", 1.0)):
+        algorithm = {"type": "grpo", "entropy_coef": coefficient, "top_entropy": 0.99}
+        train(table_config(tmp_path / name, algorithm, trainer={"steps": 8, "lr": 0.3}))
+    without, with_bonus = (
+        [line["entropy"] for line in lines(tmp_path / name) if "entropy" in line] for name in ("without", "with")
+    )
+    assert without[-1] < without[0]
+    assert with_bonus[-1] > without[-1] + 0.2
+
+
+def test_truncated_samples_teach_nothing_when_masked():
+    context = table_context(TablePolicy(spread=1.0, seed=3))
+    experience = take_step(named("dapo", group_size=8), context)
+    cut = experience.rollout.samples.truncated
+    assert 0 < cut.sum() < len(cut)
+    assert not experience.mask[cut].any()
+    assert not experience.advantage[cut].any()
+    # What is left is weighed among itself.
+    update = next(named("dapo", group_size=8).updates(context, experience, 0))
+    weight = sum(micro_batch.weight.sum().item() for micro_batch in update.micro_batches)
+    silent = experience.mask[(experience.advantage == 0).all(1)].sum() / experience.mask.sum()
+    assert weight + silent.item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_options_that_are_not_given_are_written_out_for_the_kind_of_decisions(tmp_path):
+    def resolved(**algorithm):
+        config = table_config(tmp_path / "run", {"type": "grpo", **algorithm})
+        return parse_config(config).stages[0].algorithm.options
+
+    options = resolved()
+    assert (options["clip_range"], options["clip_range_high"], options["kl"]) == (0.2, 0.2, "k3")
+    assert resolved(clip_range=0.1)["clip_range_high"] == 0.1
+    assert resolved(type="gspo")["clip_range_high"] == 4e-4
+    assert resolved(type="dapo")["clip_range_high"] == 0.28
+    assert resolved(kl_coef=0.1)["drop_silent"] is False
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        ({"type": "grpo", "kl_coef": 0.1, "kl": "exact"}, "means"),
+        ({"type": "grpo_guard"}, "means"),
+        ({"type": "gdpo", "kl_coef": 0.1, "kl_in": "reward"}, "no single reward"),
+        ({"type": "grpo", "group_size": 1}, "compares the samples of a group"),
+        ({"type": "grpo", "entropy_target": {"goal": 1}}, "algorithm.entropy_target.goal"),
+    ],
+)
+def test_what_does_not_fit_tokens_is_refused(tmp_path, algorithm, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(table_config(tmp_path / "run", algorithm))
+
+
+def test_ppo_without_a_value_head_is_refused(tmp_path):
+    config = table_config(tmp_path / "run", {"type": "ppo", "group_size": 2})
+    config["pipeline"]["value_head"] = False
+    with pytest.raises(UserError, match="value head"):
+        train(config)
