@@ -232,8 +232,9 @@ class Scorer:
         out: list[list[dict[str, Any]]] = [[] for _ in range(len(samples))]
         for term in self.terms.values():
             find = getattr(term.reward, "marks", None)
-            if find is not None:
-                for row, marks in enumerate(find(samples)):
+            rows = _rows_of(term, samples)
+            if find is not None and rows:
+                for row, marks in zip(rows, find(samples[rows]), strict=True):
                     out[row] += [mark for mark in marks if mark not in out[row]]
         return out
 
@@ -348,12 +349,17 @@ def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
+def _rows_of(term: Term, samples: Samples) -> list[int]:
+    """The samples that a reward is for."""
+    return [row for row, prompt in enumerate(samples.prompts) if term.tasks is None or prompt.task in term.tasks]
+
+
 def _scores(name: str, term: Term, samples: Samples) -> Tensor:
     """The raw scores ``[N]`` of one reward, NaN where it does not apply or its ``tasks`` leave the sample out."""
     partial = getattr(term.reward, "partial", False)
     if term.tasks is None:
         return as_scores(name, _call(name, term, samples), samples, partial)
-    rows = [row for row, prompt in enumerate(samples.prompts) if prompt.task in term.tasks]
+    rows = _rows_of(term, samples)
     everywhere = torch.full((len(samples),), torch.nan)
     if not rows:
         return everywhere

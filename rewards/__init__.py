@@ -14,21 +14,70 @@ if TYPE_CHECKING:
 
 REWARDS: dict[str, tuple[str, str]] = {
     "aesthetic": ("rewards.aesthetic:Aesthetic", "how pleasing a picture is, 1 to 10: CLIP embedding and MLP head"),
+    "bleu": ("rewards.text_overlap:Bleu", "BLEU or chrF of the answer, by sacrebleu"),
+    "boxes": (
+        "rewards.geometry_boxes:Boxes",
+        "boxes with labels, matched one to one: overlap, labels, misses and false alarms",
+    ),
+    "choice": ("rewards.answers:Choice", "whether the letter of a multiple-choice answer is right"),
+    "classification": (
+        "rewards.answers:Classification",
+        "whether the class is right, with or without thinking (CLS-RL)",
+    ),
     "clip": ("rewards.clip:ClipSimilarity", "cosine of picture and prompt in a CLIP model"),
+    "counting": ("rewards.geometry_points:Counting", "whether a number of things is right, exactly or graded"),
     "detection": ("rewards.detection:Detection", "objects, counts, colours and positions as in GenEval, by a detector"),
     "diversity": ("rewards.diversity:Diversity", "pixel distance of a picture to the others of its prompt"),
+    "edit_distance": (
+        "rewards.text_overlap:EditDistance",
+        "edit distance of the answer to the true text, by characters or words",
+    ),
+    "exact": ("rewards.answers:Exact", "whether the answer is the true text"),
+    "format": ("rewards.text_shape:Format", "whether a text is think and answer tags, or others, and nothing else"),
+    "gui_action": ("rewards.answers:GuiAction", "kind, place and text of an action on a screen (GUI-R1)"),
     "hpsv2": ("rewards.clip:HPSv2", "human preference score v2, an open_clip model"),
+    "iou": ("rewards.geometry_boxes:Iou", "overlap of the box in an answer with the true one: plain or generalised"),
     "jpeg": ("rewards.jpeg:Jpeg", "size of the picture as JPEG, in kB: compressibility or incompressibility"),
+    "json_schema": ("rewards.text_shape:JsonSchema", "whether the answer is JSON that a schema allows"),
     "judge_api": ("rewards.judges.api:JudgeApi", "score or yes/no of a model behind an OpenAI-compatible endpoint"),
     "judge_echo": ("rewards.judges.echo:JudgeEcho", "likelihood of the prompt given the picture under a local VLM"),
-    "judge_pair": ("rewards.judges.pair:JudgePair", "win rate in the group, pairs judged in both orders by a local VLM"),
+    "judge_pair": (
+        "rewards.judges.pair:JudgePair",
+        "win rate in the group, pairs judged in both orders by a local VLM",
+    ),
     "judge_score": ("rewards.judges.score:JudgeScore", "number in the verdict that a local VLM writes"),
     "judge_yes": ("rewards.judges.yes:JudgeYes", "probability that a local VLM answers yes to a question"),
+    "language": ("rewards.text_shape:Language", "share of the letters of one script: language consistency"),
+    "length": (
+        "rewards.text_shape:Length",
+        "right answers earn more when short, wrong ones lose less when long: cosine",
+    ),
+    "math": ("rewards.math_answers:Math", "whether a mathematical answer equals the true one, by math-verify"),
+    "number": ("rewards.answers:Number", "whether a number is right within a tolerance"),
     "ocr": ("rewards.ocr:Ocr", "edit distance of the text in the picture to the text wanted"),
+    "overlong": ("rewards.text_shape:Overlong", "soft punishment of overlong answers (DAPO)"),
+    "partial_credit": (
+        "rewards.answers:PartialCredit",
+        "credit for parts of a list's items, penalties for guesses and gaps (STAR-R1)",
+    ),
+    "permutation": ("rewards.answers:Permutation", "how much of an order is right (Visual Jigsaw)"),
     "pickscore": ("rewards.clip:PickScore", "PickScore, a CLIP model of human preference"),
     "pixels": ("rewards.pixels:Pixels", "brightness, colour, saturation, contrast or sharpness"),
+    "point_distance": (
+        "rewards.geometry_points:PointDistance",
+        "how near the points in an answer are to the true ones",
+    ),
+    "point_in_box": ("rewards.geometry_points:PointInBox", "share of the points in an answer that lie in the true box"),
     "remote": ("rewards.remote:Remote", "a reward that runs on another machine or in another process, over HTTP"),
+    "repetition": ("rewards.text_shape:Repetition", "minus the share of repeated n-grams"),
+    "rouge": ("rewards.text_overlap:Rouge", "ROUGE of the answer, by rouge-score"),
+    "salient_boxes": ("rewards.geometry_boxes:SalientBoxes", "overlap with boxes of which some matter more (GRiP)"),
     "shapes": ("rewards.shapes:Shapes", "exact check of colour, shape, count and position in pictures of plain shapes"),
+    "temporal_iou": (
+        "rewards.geometry_points:TemporalIou",
+        "overlap of the interval of time in an answer with the true one",
+    ),
+    "trajectory": ("rewards.geometry_points:Trajectory", "how near the path in an answer is to the true one (VLA-R1)"),
 }
 
 

@@ -66,3 +66,10 @@ def test_tasks_in_a_config():
         build(tasks="ground")
     with pytest.raises(UserError, match="tasks is an empty list"):
         build(tasks=[])
+
+
+def test_marks_come_from_the_rows_of_the_task():
+    own_number.marks = lambda samples: [[{"label": "predicted", "point": [0.5, float(text)]}] for text in samples.texts]
+    marks = Scorer([Term(own_number, tasks=["ground"])]).marks(mixed())
+    del own_number.marks
+    assert marks == [[], [{"label": "predicted", "point": [0.5, 1.0]}], [], []]
