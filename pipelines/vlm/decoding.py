@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pipelines.vlm.network import Network
-from pipelines.vlm.prefix import advance
 from pipelines.vlm.token_logps import scaled_logits
 
 
@@ -120,6 +119,9 @@ class Decoder:
         limits = limits.to(device)
         lengths, ended = limits.clone(), torch.zeros(rows, dtype=torch.bool, device=device)
         live, going = torch.arange(rows, device=device), torch.ones(rows, dtype=torch.bool, device=device)
+        # Tokens that rows draw after their end are seen by themselves alone, so they matter only to dialogues.
+        length, padded = mask.shape[1], keep_cache or not bool(mask.all())
+        there = torch.cat([mask.bool(), mask.new_ones(rows, steps, dtype=torch.bool)], 1)
         for step in range(int(limits.max())):
             scaled = scaled_logits(self.network.logits(state), sampling.temperature or 1.0, banned)
             drawn = draw(scaled, uniforms[live, step], sampling)
@@ -141,14 +143,14 @@ class Decoder:
                 # draw meanwhile is forgotten.
                 keep = going.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
-                live, going, mask, drawn = live[keep], going[keep], mask[keep], drawn[keep]
-            mask = torch.cat([mask, going[:, None].to(mask.dtype)], 1)
-            position = (next_position[live] + step)[:, None, None].expand(-1, axes, 1)
-            states, cache = advance(self.network, cache, drawn[:, None], position, mask)
-            state = states[:, 0]
+                live, going, there, drawn = live[keep], going[keep], there[keep], drawn[keep]
+            length += 1
+            there[:, length - 1] = going if keep_cache else True
+            position = (next_position[live] + step)[:, None].expand(-1, axes)
+            state, cache = self.network.step(drawn, position, there[:, :length] if padded else None, cache)
         found = self._finished(tokens, logp, lengths, ended, value)
         if keep_cache:
-            found.cache, found.mask = cache, mask
+            found.cache, found.mask = cache, there[:, :length].to(mask.dtype)
         return found
 
     def _stopped(self, tokens: Tensor, stop: Sequence[str]) -> Tensor:

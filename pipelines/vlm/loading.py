@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +68,11 @@ def check_pair(model: Any, processor: Any) -> None:
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
         raise UserError(f"{type(processor).__name__} has no tokenizer: give the processor that belongs to the model")
+    if "cross_attention_mask" in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"{type(model).__name__} reads pictures by cross-attention, which is not supported: choose a family that "
+            "reads them as tokens (docs/vlms.md has a list)"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows and largest != getattr(model.config, "image_token_id", None):

@@ -40,6 +40,8 @@ class Network:
         self.softcap: float | None = getattr(text, "final_logit_softcapping", None)
         self.context: int | None = getattr(text, "max_position_embeddings", None)
         self.encodes_apart = "mm_encoder_outputs" in self.accepted and self._encoder("image") is not None
+        self.text_model = _text_model(model)
+        self.open_masks = _sees_everything(text)
         self.text_type = {key: _type_of_next_token(model, key) for key in TOKEN_TYPES}
 
     @property
@@ -99,7 +101,9 @@ class Network:
         if not media:
             return {}
         if self.encodes_apart:
-            once = {id(one): self.features(one) for one in {id(one): one for one in media}.values()}
+            distinct = list({id(one): one for one in media}.values())
+            once = self._encoded_together(distinct)
+            once |= {id(one): self.features(one) for one in distinct if id(one) not in once}
             parts = [once[id(one)] for one in media]
             kinds = dict.fromkeys(kind for part in parts for kind in part)
             joined = {kind: _join_outputs([part[kind] for part in parts if kind in part]) for kind in kinds}
@@ -108,6 +112,30 @@ class Network:
             self.counters["images_encoded"] += one.images
         joined = join_tensors([one.tensors for one in media])
         return {key: moved(value, self.device, self.dtype) for key, value in joined.items() if key in self.accepted}
+
+    def _encoded_together(self, media: Sequence[Media]) -> dict[int, dict[str, Any]]:
+        """Features by ``id`` of those pictures that the vision tower takes as one flat list of patches, in one call.
+
+        Only of families whose features are one tensor a picture and nothing else, as those of Qwen2-VL and Qwen2.5-VL.
+        """
+        new = [one for one in media if one.features is None and set(one.tensors) == {"pixel_values", "image_grid_thw"}]
+        if len(new) < 2 or self.model.config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+            return {}
+        joined = {
+            key: moved(torch.cat([one.tensors[key] for one in new]), self.device, self.dtype) for key in new[0].tensors
+        }
+        output = _kept(self._encoder("image")(**joined, return_dict=True))
+        found, begin = {}, 0
+        for one in new:
+            part = type(output)(pooler_output=tuple(output.pooler_output[begin : begin + one.images]))
+            begin += one.images
+            found[id(one)] = {"image": part}
+            self.counters["images_encoded"] += one.images
+            if self.keep_features or self._held is not None:
+                one.features = found[id(one)]
+                if not self.keep_features:
+                    self._held.append(one)
+        return found
 
     def prefill(self, prompts: Sequence[Processed]) -> tuple[Tensor, Any, Tensor]:
         """Run prompts once, padded on the left.
@@ -151,6 +179,26 @@ class Network:
         with _before(self.head) as taken:
             output = self.model(**{key: value for key, value in inputs.items() if key in self.accepted})
         return taken[0], output.past_key_values if inputs["use_cache"] else None
+
+    def step(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> tuple[Tensor, Any]:
+        """One more token of each row, ``[N]`` at positions ``[N, axes]``: states ``[N, H]`` and the cache.
+
+        ``mask`` (bool ``[N, S + 1]``, None where all is there) says which tokens count. Where the family allows, the
+        text model runs alone and gets the mask as attention takes it: for small models the rest is half of a step.
+        """
+        places = position_ids(positions[:, :, None])
+        if mask is None and not self.open_masks:
+            mask = torch.ones(len(tokens), cache.get_seq_length() + 1, dtype=torch.bool, device=tokens.device)
+        if mask is not None and self.open_masks:
+            mask = mask[:, None, None]
+        given = {"attention_mask": mask, "position_ids": places, "past_key_values": cache, "use_cache": True}
+        if self.text_model is None:
+            hidden, cache = self.hidden(input_ids=tokens[:, None], **given)
+            return hidden[:, -1], cache
+        self.counters["forward_tokens"] += len(tokens)
+        embedded = self.model.get_input_embeddings()(tokens[:, None])
+        output = self.text_model(inputs_embeds=embedded, **given)
+        return output.last_hidden_state[:, -1], output.past_key_values
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits ``[..., V]`` of hidden states ``[..., H]``."""
@@ -216,6 +264,21 @@ def _join_features(values: Sequence[Any]) -> Any:
         return torch.cat(list(values))
     # Place holders are filled in order, so that only the order of the tokens counts.
     return torch.cat([value.reshape(-1, value.shape[-1]) for value in values])[None]
+
+
+def _text_model(model: Any) -> Any:
+    """The part that turns embeddings into hidden states, where it can be told."""
+    found = [getattr(model.base_model, name, None) for name in ("language_model", "text_model")]
+    found = [part for part in found if part is not None]
+    return found[0] if found and found[0].get_output_embeddings() is None else None
+
+
+def _sees_everything(config: Any) -> bool:
+    """Whether every layer attends to all tokens by the attention of torch, so that a mask is the same for all."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    whole = kinds == {"full_attention"} or (not kinds and limits == [None, None])
+    return whole and config._attn_implementation == "sdpa"
 
 
 def _type_of_next_token(model: Any, key: str) -> int:

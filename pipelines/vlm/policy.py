@@ -191,6 +191,8 @@ class VLMPolicy:
     def compile(self) -> None:
         """``torch.compile`` the model in place, for lengths that change."""
         self.model.compile(dynamic=True)
+        if self.network.text_model is not None:
+            self.network.text_model.compile(dynamic=True)
 
     def rollout(self, prompts: Sequence[Prompt], group_size: int, seed: int, step: int = 0) -> Rollout:
         """Sample ``group_size`` completions per prompt; see :class:`mmrl.policy.Policy`.

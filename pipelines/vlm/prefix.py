@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmrl.types import Rows
 from pipelines.vlm.inputs import Processed, Reader
@@ -37,6 +38,17 @@ class Trace(Rows):
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Trace]) -> Trace:
+        """Join row-wise; shorter parts are filled up to the longest."""
+        width = max(part.tokens.shape[1] for part in parts)
+        wide = []
+        for part in parts:
+            fill = (0, width - part.tokens.shape[1])
+            tensors = {name: pad(getattr(part, name), fill) for name in ("tokens", "positions", "types")}
+            wide.append(replace(part, **tensors))
+        return super().cat(wide)
 
     def live(self, length: int) -> Tensor:
         """Bool ``[N, length]``: which tokens are there."""
