@@ -95,6 +95,7 @@ class Samples(Rows):
         lengths: long ``[N]``, tokens (or environment steps) of each output.
         sizes: per sample the (height, width) of its prompt's pictures as the model saw them; boxes that are given in
             pixels of the processed picture are relative to these.
+        transcripts: of dialogues, all turns after the prompt (see :mod:`mmrl.dialogue`); ``texts`` has the last one.
         group: long ``[N]``, which prompt of the batch each sample answers; group-wise rewards use it.
     """
 
@@ -107,6 +108,7 @@ class Samples(Rows):
     lengths: Tensor | None = None
     sizes: list[list[tuple[int, int]]] | None = None
     group: Tensor | None = None
+    transcripts: list[list[dict[str, Any]]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
