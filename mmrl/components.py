@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from mmrl.errors import UserError, nearest
 from mmrl.options import (
     Strict,
@@ -80,7 +82,9 @@ def component_model(kind: Kind, name: str) -> type[Strict]:
         # Keywords that ``load`` only passes on cannot be checked, so they are not options.
         fields, open_ended = {**signature_fields(target.load)[0], **fields}, False
     for key, default in entry.defaults.items():
-        fields[key] = (fields[key][0], default)
+        kind = fields[key][0]
+        # A registry stays light by giving nested options as plain values.
+        fields[key] = (kind, TypeAdapter(kind).validate_python(default) if isinstance(default, dict) else default)
     return model_from_fields(target.__name__, fields, open_ended)
 
 

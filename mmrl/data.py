@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -410,14 +410,16 @@ class PromptSampler:
         first = step * self.batch_size + self.rank * share
         return [self._at(position) for position in range(first, first + share)]
 
-    def extra(self, step: int, attempt: int, count: int) -> list[Prompt]:
+    def extra(self, step: int, attempt: int, count: int, used: Collection[str] = ()) -> list[Prompt]:
         """``count`` more prompts for this process, beyond :meth:`batch`, when step ``step`` asks for the n-th time.
 
-        A function of seed, step and attempt; the processes' prompts differ as long as there are enough.
+        A function of seed, step, attempt and ``used``, ids that are passed over while there are others; the processes'
+        prompts differ as long as there are enough.
         """
-        drawn = torch.randperm(len(self.prompts), generator=generator(self.seed, "extra", step, attempt))
-        first = self.rank * count
-        return [self.prompts[int(drawn[(first + k) % len(drawn)])] for k in range(count)]
+        drawn = torch.randperm(len(self.prompts), generator=generator(self.seed, "extra", step, attempt)).tolist()
+        share = drawn[self.rank :: self.world] or drawn
+        share = [place for place in share if self.prompts[place].id not in used] or share
+        return [self.prompts[share[k % len(share)]] for k in range(count)]
 
     def _at(self, position: int) -> Prompt:
         epoch, offset = divmod(position, len(self.prompts))

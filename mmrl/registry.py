@@ -50,8 +50,14 @@ ALGORITHMS = {
     ),
     "dapo": Entry(
         _POLICY_GRADIENT,
-        "GRPO on tokens with a higher upper clip, mean over tokens, truncated samples masked (DAPO)",
-        {"clip_range": 0.2, "clip_range_high": 0.28, "aggregation": "token", "mask_truncated": True},
+        "GRPO on tokens: higher upper clip, mean over tokens, truncated samples masked, dynamic sampling (DAPO)",
+        {
+            "clip_range": 0.2,
+            "clip_range_high": 0.28,
+            "aggregation": "token",
+            "mask_truncated": True,
+            "dynamic_sampling": {"max_tries": 3},
+        },
     ),
     "bnpo": Entry(
         _POLICY_GRADIENT, "GRPO with the mean over the tokens of blocks of samples (BNPO)", {"aggregation": "blocks"}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +139,22 @@ class Rollout(Rows):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Rollout]) -> Rollout:
+        """Join row-wise; parts with fewer decisions than the longest get masked ones at the end."""
+        width = max(part.logp.shape[1] for part in parts)
+        return super().cat([part._widened(width) for part in parts])
+
+    def _widened(self, width: int) -> Rollout:
+        missing = width - self.logp.shape[1]
+        if missing == 0:
+            return self
+        wide = {
+            name: None if getattr(self, name) is None else pad(getattr(self, name), (0, missing))
+            for name in ("logp", "mask", "value")
+        }
+        return replace(self, **wide)
 
 
 @dataclass(eq=False)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from table_policy import TablePolicy, table_config, table_context, take_step
+from table_policy import TablePolicy, exact, table_config, table_context, take_step
 
 from mmrl import run
+from mmrl.algorithms.experience import replay
 from mmrl.components import algorithm_component, build_algorithm
 from mmrl.config import parse_config
 from mmrl.errors import UserError
@@ -198,3 +199,46 @@ def test_ppo_without_a_value_head_is_refused(tmp_path):
     config["pipeline"]["value_head"] = False
     with pytest.raises(UserError, match="value head"):
         train(config)
+
+
+def test_dynamic_sampling_replaces_groups_without_spread():
+    """Prompts 1 to 3 are solved already; only others can teach anything."""
+    policy = TablePolicy(prompts=12, words=14, spread=0.5)
+    policy.logits.data[1:4, 0] = 0.0
+    for prompt in range(1, 4):
+        policy.logits.data[prompt, 0, prompt + 1] = 100.0
+    context = table_context(policy, reward=exact, prompts=12)
+    context.prompts.batch_size = 4
+    algorithm = named("grpo", group_size=16, dynamic_sampling={"max_tries": 8})
+    experience = take_step(algorithm, context)
+    found = context.tally.result()
+    assert found["groups/without_signal"] == 0
+    assert found["groups/extra"] >= found["groups/replaced"] >= 3
+    assert experience.rollout.group.tolist() == [k for k in range(4) for _ in range(16)]
+    assert experience.rollout.samples.group.tolist() == experience.rollout.group.tolist()
+    prompts = [prompt.id for prompt in experience.rollout.samples.prompts[::16]]
+    assert not {"p1", "p2", "p3"} & set(prompts)
+    # Replaced rows replay exactly, though their rollout had another length.
+    assert (replay(context, experience.rollout).logp - policy.decisions(experience.rollout).logp).abs().max() == 0
+
+    again = table_context(TablePolicy(prompts=12, words=14, spread=0.5), reward=exact, prompts=12)
+    again.policy.parameters.load(policy.parameters.state())
+    again.prompts.batch_size = 4
+    first, second = (algorithm.collect(c, c.prompts.batch(5), 5) for c in (context, again))
+    assert torch.equal(first.rollout.logp, second.rollout.logp)
+
+
+def test_dynamic_sampling_gives_up_after_its_tries():
+    context = table_context(TablePolicy(), reward=lambda samples: [1.0] * len(samples))
+    take_step(named("grpo", group_size=2, dynamic_sampling={"max_tries": 2}), context)
+    assert context.policy.counters["sampled"] == 3 * 4 * 2
+    assert context.tally.result()["groups/replaced"] == 0
+
+
+def test_rollouts_of_unequal_length_join():
+    policy = TablePolicy(spread=1.0)
+    context = table_context(policy)
+    parts = [policy.given(context.prompts.batch(0), texts) for texts in (["1", "2", "3", "4"], ["1 2 3", "", "4", "1"])]
+    joined = type(parts[0]).cat(parts)
+    assert joined.mask.sum(1).tolist() == [2, 2, 2, 2, 4, 1, 2, 2]
+    assert torch.equal(policy.decisions(joined).logp, joined.logp)

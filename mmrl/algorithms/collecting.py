@@ -15,18 +15,19 @@ from mmrl.tally import Tally
 from mmrl.types import Prompt, Rollout
 
 
-def roll_out(context: Context, prompts: Sequence[Prompt], group_size: int, step: int) -> Rollout:
-    """``group_size`` samples per prompt; the seed depends on the stage's seed and the step alone."""
+def roll_out(context: Context, prompts: Sequence[Prompt], group_size: int, step: int, attempt: int = 0) -> Rollout:
+    """``group_size`` samples per prompt; the seed depends on the stage's seed, the step and the attempt alone."""
     with context.clock("rollout"):
-        seed = derive_seed(context.seed, "rollout", step)
+        seed = derive_seed(context.seed, "rollout", step, *([attempt] if attempt else []))
         return context.policy.rollout(prompts, group_size, seed, step)
 
 
-def score(context: Context, rollout: Rollout, step: int) -> Scores:
+def score(context: Context, rollout: Rollout, step: int, tally: bool = True) -> Scores:
     """Scores of a rollout; their statistics go to the tally."""
     with context.clock("reward"):
         scores = context.scorer(rollout.samples, step=step)
-    tally_scores(context.tally, scores)
+    if tally:
+        tally_scores(context.tally, scores)
     return scores
 
 

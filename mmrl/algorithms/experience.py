@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from mmrl.advantages import constant_groups
 from mmrl.algorithms.base import Context
 from mmrl.algorithms.collecting import row_chunks
 from mmrl.policy import Policy
@@ -31,6 +33,50 @@ class Batch:
     def __post_init__(self) -> None:
         if self.given is None:
             self.given = torch.zeros(len(self.rollout), dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return int(self.rollout.group.max()) + 1
+
+    @property
+    def group_size(self) -> int:
+        """Samples of each group."""
+        return len(self) // self.groups
+
+    def group(self, number: int) -> Batch:
+        """One group alone, numbered 0."""
+        rows = slice(number * self.group_size, (number + 1) * self.group_size)
+        scores = replace(
+            self.scores,
+            total=self.scores.total[rows],
+            values=self.scores.values[rows],
+            each={name: values[rows] for name, values in self.scores.each.items()},
+        )
+        rollout = self.rollout[rows]
+        return Batch(with_groups(rollout, torch.zeros_like(rollout.group)), scores, self.given[rows])
+
+    def replaced(self, groups: Mapping[int, Batch]) -> Batch:
+        """The batch with some of its groups exchanged for others of the same size."""
+        if not groups:
+            return self
+        parts = [groups[number] if number in groups else self.group(number) for number in range(self.groups)]
+        rollout = with_groups(Rollout.cat([part.rollout for part in parts]), self.rollout.group)
+        scores = replace(
+            self.scores,
+            total=torch.cat([part.scores.total for part in parts]),
+            values=torch.cat([part.scores.values for part in parts]),
+            each={name: torch.cat([part.scores.each[name] for part in parts]) for name in self.scores.each},
+        )
+        return Batch(rollout, scores, torch.cat([part.given for part in parts]))
+
+    def silent(self) -> list[int]:
+        """Numbers of the groups whose scores have no spread."""
+        constant = constant_groups(self.scores.total.cpu(), self.rollout.group.cpu())
+        return [number for number in range(self.groups) if constant[number * self.group_size]]
 
 
 @dataclass(eq=False)

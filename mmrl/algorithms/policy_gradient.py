@@ -21,6 +21,7 @@ from mmrl.algorithms.base import Context, Update
 from mmrl.algorithms.collecting import roll_out, row_chunks, score, score_greedy, split_groups
 from mmrl.algorithms.credit import GROUP_BASELINES, PER_DECISION, Credit, CreditMethod
 from mmrl.algorithms.experience import Batch, Experience, ReferenceScores, reference_logp, replay
+from mmrl.algorithms.hooks.dynamic_sampling import DynamicSampling
 from mmrl.algorithms.objectives import NEED_MEANS, WHOLE_SAMPLE, Objective, ObjectiveName, default_clip_range
 from mmrl.algorithms.regularisers import EntropyBonus, EntropyTarget, Importance, ValueHead, top_entropy_mask
 from mmrl.errors import UserError
@@ -96,6 +97,7 @@ class PolicyGradient:
         entropy_target: adapt that weight; ``entropy_coef`` is its start.
         top_entropy: share of decisions, those of the highest entropy at rollout, that the policy term learns from.
         importance: correct for members that another policy sampled.
+        dynamic_sampling: replace groups whose scores are all equal by those of further prompts (DAPO).
         drop_silent: compute nothing for samples with advantage 0, not even their KL. When not given: always for
             Gaussian decisions, as Flow-GRPO does, and for tokens where no KL, entropy or value term acts on them.
         epochs: passes over a rollout.
@@ -136,6 +138,7 @@ class PolicyGradient:
         entropy_target: EntropyTarget | None = None,
         top_entropy: Annotated[float, Field(gt=0, le=1)] = 1.0,
         importance: Importance | None = None,
+        dynamic_sampling: DynamicSampling | None = None,
         drop_silent: bool | None = None,
         epochs: Annotated[int, Field(ge=1)] = 1,
         minibatches: Annotated[int, Field(ge=1)] = 1,
@@ -173,6 +176,7 @@ class PolicyGradient:
         self.entropy = EntropyBonus(entropy_coef, entropy_target)
         self.top_entropy = top_entropy
         self.importance = importance
+        self.dynamic_sampling = dynamic_sampling
         self.drop_silent = drop_silent
         self.epochs = epochs
         self.minibatches = minibatches
@@ -223,6 +227,8 @@ class PolicyGradient:
             context.policy.keep_entropy = True
         rollout = roll_out(context, prompts, self.group_size, step)
         batch = Batch(rollout, score(context, rollout, step))
+        if self.dynamic_sampling is not None:
+            batch = self.dynamic_sampling(context, batch, step)
         return self._experience(context, batch, step)
 
     def _experience(self, context: Context, batch: Batch, step: int) -> Experience:
