@@ -7,16 +7,22 @@ Two kinds are told apart by their signature:
   signature of TRL: everything comes as keywords, one entry a sample, and every column of the data that the function
   names (or all, with ``**kwargs``) comes along.
 
-Both return N numbers, with None for a sample that the function does not apply to. Further parameters with a default are
-options, unless the data has a column of that name. A function may carry ``differentiable = True`` or ``name = "..."``
-as attributes.
+Texts that come as keywords can be read as text and as the conversations that TRL gives for chat models:
+``completions[i][0]["content"]`` is the text of completion i, and so is ``completions[i]``; see :class:`ChatText`.
+
+Both may be ``async def``. Both return N numbers, with None for a sample that the function does not apply to. Further
+parameters with a default are options, unless the data has a column of that name. A function may carry ``differentiable
+= True`` or ``name = "..."`` as attributes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import threading
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +32,61 @@ from mmrl.scoring import as_scores, is_differentiable, reward_name
 from mmrl.types import Samples
 
 KEYWORDS = ("prompts", "completions", "texts", "images", "videos", "episodes", "target", "task", "ids", "truncated")
+
+
+class ChatText(str):
+    """A text that also reads like a conversation of one message: ``text[0]["content"]`` and ``text[-1]["content"]``.
+
+    Functions written for TRL index so where the model chats, and take the text itself where it does not. In all else
+    this is the text, so ``len`` counts letters and a loop goes over letters.
+    """
+
+    __slots__ = ()
+
+    def __getitem__(self, index: Any) -> str:
+        if type(index) is int and index in (0, -1):
+            return _Message(super().__getitem__(slice(index, None) if index else slice(0, 1)), self)
+        return super().__getitem__(index)
+
+
+class _Message(str):
+    """The first or last letter of a text, and what a mapping of role and content gives for that text."""
+
+    def __new__(cls, letter: str, text: str) -> _Message:
+        made = super().__new__(cls, letter)
+        made.fields = {"role": "assistant", "content": str(text)}
+        return made
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.fields[key] if key in ("role", "content") else super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.fields.get(key, default)
+
+
+def _finished(found: Any) -> Any:
+    """What an ``async def`` function returns when it is done; other results as they are."""
+    if not inspect.isawaitable(found):
+        return found
+
+    async def wait(result: Awaitable) -> Any:
+        return await result
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait(found))
+    # A notebook's loop runs in this thread already, and a thread has but one.
+    outcome: Future = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(asyncio.run(wait(found)))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the thread that waits
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="reward").start()
+    return outcome.result()
 
 
 class FunctionReward:
@@ -56,6 +117,7 @@ class FunctionReward:
             found = self.function(samples, **self.options)
         else:
             found = self.function(**self._keywords(samples), **self.options)
+        found = _finished(found)
         return as_scores(self.name, found, samples, getattr(self.function, "partial", False))
 
     def _keywords(self, samples: Samples) -> dict[str, Any]:
@@ -107,6 +169,10 @@ def _takes_any_keyword(function: Callable) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
+def _items(output: Any) -> list[Any]:
+    return [ChatText(item) if isinstance(item, str) else item for item in output]
+
+
 def _columns(samples: Samples) -> dict[str, Any]:
     """What a function can ask for by keyword; every value has one entry a sample."""
     prompts = samples.prompts
@@ -114,8 +180,8 @@ def _columns(samples: Samples) -> dict[str, Any]:
     columns = {name: [prompt.metadata.get(name) for prompt in prompts] for name in names}
     outputs = (samples.texts, samples.images, samples.videos, samples.episodes)
     columns |= {
-        "prompts": [prompt.text for prompt in prompts],
-        "completions": next((list(output) for output in outputs if output is not None), []),
+        "prompts": [ChatText(prompt.text) for prompt in prompts],
+        "completions": next((_items(output) for output in outputs if output is not None), []),
         # Of a model that writes, the pictures are those that it was shown.
         "images": [list(prompt.images) for prompt in prompts] if samples.images is None else samples.images,
         "target": [prompt.target for prompt in prompts],
