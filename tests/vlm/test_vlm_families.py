@@ -10,15 +10,18 @@ from zoo.vlms import VLM_FAMILIES, build_vlm
 
 from mmrl.algorithms.base import Context
 from mmrl.algorithms.policy_gradient import PolicyGradient
-from mmrl.tally import Clock
+from mmrl.errors import UserError
 from mmrl.scoring import Scorer
-from mmrl.tally import Tally
-from mmrl.types import Prompt
+from mmrl.tally import Clock, Tally
+from mmrl.types import Prompt, Samples
 from pipelines import VLMPolicy
-from pipelines.vlm.training import part_of
+from pipelines.vlm.training import VLMLoRA, part_of
 
 FALLS_BACK: frozenset[str] = frozenset()
 NO_TEXT_ONLY = frozenset({"paligemma"})
+# PaliGemma has no turns; the Llama tokenizer puts a space in front of text that stands alone; LLaVA-OneVision cuts a
+# picture into tiles if no other comes with it, and what comes in other turns is not known yet.
+NO_DIALOGUE = frozenset({"paligemma", "llava", "mistral3", "llava_onevision"})
 TAKES_VIDEO = frozenset({"qwen2_5_vl", "qwen2_vl", "qwen3_vl", "glm4v", "smolvlm", "llava_onevision", "internvl"})
 
 
@@ -41,48 +44,49 @@ def rows(family: str) -> list[Prompt]:
 
 @functools.cache
 def parts(family: str):
-    return build_vlm(family)
+    """Model and processor; many tokens end a completion, so that lengths differ."""
+    model, processor = build_vlm(family)
+    model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, *range(300, 400)]
+    return model, processor
 
 
 def policy_of(family: str, **options) -> VLMPolicy:
-    return VLMPolicy(*parts(family), max_new_tokens=5, temperature=0.8, batch_size=16, **options)
+    return VLMPolicy(*parts(family), **({"max_new_tokens": 8, "temperature": 0.8, "batch_size": 16} | options))
 
 
-def plain_logps(policy: VLMPolicy, prompt: Prompt, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probs of one completion by the model's own forward over processor output, without any of the policy's code."""
+def plain_logps(policy: VLMPolicy, prompt: Prompt, tokens: torch.Tensor, temperature=0.8, ban=True) -> torch.Tensor:
+    """Log-probs of a completion by the model's own forward over what the processor gives, without the policy."""
     model, processor = policy.model, policy.processor
     content = [{"type": "image"} for _ in prompt.images] + [{"type": "video"} for _ in prompt.videos]
     content.append({"type": "text", "text": prompt.text})
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    media = {}
+    turns = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    given = {}
     if prompt.images:
-        media["images"] = [list(prompt.images)]
+        given["images"] = [list(prompt.images)]
     if prompt.videos:
-        media["videos"] = [list(prompt.videos)]
-        # All frames are read, as if taken twice a second.
+        # All frames are read, as if taken at the processor's own rate.
         frames = list(range(len(prompt.videos[0])))
         rate = getattr(processor.video_processor, "fps", None) or 2.0
-        media["video_metadata"] = [{"total_num_frames": len(frames), "fps": rate, "frames_indices": frames}]
-        media["do_sample_frames"] = False
+        metadata = [{"total_num_frames": len(frames), "fps": rate, "frames_indices": frames}]
+        given |= {"videos": [list(prompt.videos)], "video_metadata": metadata, "do_sample_frames": False}
     bos = processor.tokenizer.bos_token
     if bos and text.startswith(bos):
-        media["add_special_tokens"] = False
-    inputs = dict(processor(text=[text], return_tensors="pt", **media))
+        given["add_special_tokens"] = False
+    inputs = dict(processor(text=[text], return_tensors="pt", **given))
     inputs.pop("labels", None)
     inputs = {key: x.float() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in inputs.items()}
     count, new = inputs["input_ids"].shape[1], tokens[None]
     inputs["input_ids"] = torch.cat([inputs["input_ids"], new], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    for key, value in (("mm_token_type_ids", 0), ("token_type_ids", int("paligemma" in type(model).__name__.lower()))):
+    # PaliGemma's token types say what is prefix (0) and what is not (1); elsewhere 0 is text.
+    suffix = int(type(model).__name__.startswith("PaliGemma"))
+    for key, value in (("mm_token_type_ids", 0), ("token_type_ids", suffix)):
         if key in inputs:
             inputs[key] = torch.cat([inputs[key], torch.full_like(new, value)], 1)
-    if "cross_attention_mask" in inputs:
-        mask = inputs["cross_attention_mask"]
-        inputs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, len(tokens), -1, -1)], 1)
-    logits = model(**inputs).logits[0, count - 1 : -1].float() / 0.8
-    logits = logits.index_fill(-1, policy.banned, float("-inf"))
+    logits = model(**inputs).logits[0, count - 1 : -1].float() / temperature
+    if ban:
+        logits = logits.index_fill(-1, policy.banned, float("-inf"))
     return logits.log_softmax(-1).gather(-1, new.T)[:, 0]
 
 
@@ -135,13 +139,50 @@ def test_shared_prompts_give_log_probs_and_gradients_of_the_plain_forward(family
 
 @pytest.mark.parametrize("family", VLM_FAMILIES)
 def test_padding_changes_nothing(family):
-    policy = policy_of(family)
-    rollout = policy.rollout(rows(family), group_size=1, seed=2)
+    # In float64, so that rounding cannot hide a small effect of padding.
+    model, processor = build_vlm(family)
+    model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, *range(300, 400)]
+    policy = VLMPolicy(model.double(), processor, max_new_tokens=8, temperature=0.8, batch_size=16)
+    rollout = policy.rollout(rows(family), group_size=2, seed=2)
     with torch.no_grad():
         together = policy.decisions(rollout).logp
         for k in range(len(rollout)):
-            alone = policy.decisions(rollout[k : k + 1]).logp
-            assert (alone - together[k]).abs().max() < 2e-6
+            assert (policy.decisions(rollout[[k]]).logp[0] - together[k]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("family", VLM_FAMILIES)
+def test_frozen_towers_encode_each_picture_once(family):
+    policy = policy_of(family, freeze=["vision", "projector"])
+    rollout = policy.rollout(rows(family), group_size=2, seed=1)
+    found = policy.decisions(rollout).logp
+    with torch.no_grad():
+        policy.decisions(rollout)
+    assert policy.counters["images_processed"] == policy.counters["images_encoded"] == 3
+    assert policy.counters["videos_processed"] == policy.counters["videos_encoded"] == int(family in TAKES_VIDEO)
+    assert (rollout.logp - found).abs().max() < 1e-5
+    assert torch.autograd.grad(found.sum(), list(policy.parameters), allow_unused=True)[0] is not None
+
+
+@pytest.mark.parametrize("family", VLM_FAMILIES)
+def test_adapters_go_to_the_language_model_and_learn_from_answers(family):
+    model, processor = build_vlm(family, seed=2)
+    prompts = rows(family)
+    answers = ["a blue square", "", "two", "left of"][: len(prompts)]
+    end = torch.tensor([processor.tokenizer.eos_token_id])
+    tokens = [processor.tokenizer(x, add_special_tokens=False, return_tensors="pt")["input_ids"][0] for x in answers]
+    full = VLMPolicy(model, processor)
+    expected = torch.stack(
+        [
+            -plain_logps(full, prompt, torch.cat([own.long(), end]), temperature=1.0, ban=False).sum()
+            for prompt, own in zip(prompts, tokens, strict=True)
+        ]
+    ).detach()
+    policy = VLMPolicy(model, processor, temperature=0.8, lora=VLMLoRA(rank=2))
+    assert {part_of(name) for name in policy.parameters.named} == {"language"}
+    found = policy.fit(Samples(prompts, texts=answers))
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-5)
+    found.sum().backward()
+    assert any(p.grad.abs().max() > 0 for p in policy.parameters)
 
 
 @pytest.mark.parametrize("family", VLM_FAMILIES)
@@ -164,3 +205,33 @@ def test_one_step_of_grpo(family):
     moved = {part_of(name) for name, value in policy.parameters.state().items() if not torch.equal(value, old[name])}
     assert moved == {"vision", "projector", "language"}
     assert all(value.isfinite().all() for value in policy.parameters.state().values())
+
+
+@pytest.mark.parametrize("family", [family for family in VLM_FAMILIES if family not in NO_DIALOGUE])
+def test_answers_in_the_middle_of_a_dialogue_with_pictures(family):
+    policy = VLMPolicy(*build_vlm(family))
+    processor, pictures = policy.processor, [picture(56, 84, 5), picture(84, 84, 6)]
+    turns = [("user", "look", True), ("assistant", "a circle", False), ("user", "and this?", True)]
+    turns.append(("assistant", "two squares", False))
+    messages, marked, images = [], [], iter(pictures)
+    for role, text, shows in turns:
+        said = {"type": "text", "text": text}
+        messages.append({"role": role, "content": [{"type": "image"}, said] if shows else [said]})
+        marked.append({"role": role, "content": [{"type": "image", "image": next(images)}, said] if shows else [said]})
+    inputs = processor.apply_chat_template(
+        marked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+    )
+    said = torch.as_tensor(inputs.pop("assistant_masks")).bool()[:, 1:]
+    inputs = {key: x.float() if x.is_floating_point() else x for key, x in inputs.items()}
+    logp = policy.model(**inputs).logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+    expected = -logp[said].sum()
+    other = Prompt("two?", "other", images=[picture(56, 56, 7)], target="yes")
+    found = policy.fit(Samples([Prompt(messages=messages, images=pictures, id="dialogue"), other]))[0]
+    assert said.sum() > 4
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert relative(gradients(policy, found), gradients(policy, expected)) < 1e-4
+
+
+def test_pictures_that_enter_by_cross_attention_are_refused():
+    with pytest.raises(UserError, match="cross-attention"):
+        VLMPolicy(*build_vlm("mllama"))

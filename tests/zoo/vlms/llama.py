@@ -71,7 +71,7 @@ def llama4(seed: int) -> tuple[Any, Any]:
             num_local_experts=2,
             interleave_moe_layer_step=2,
             no_rope_layers=[1, 0],
-            attention_chunk_size=64,
+            attention_chunk_size=32,
         ),
         vision_config={
             "hidden_size": 32,
