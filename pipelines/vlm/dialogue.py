@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -64,7 +65,7 @@ class Dialogues:
         value_head: of the policy, if it has one.
 
     Raises:
-        UserError: the model's chat template does not write dialogues.
+        UserError: the model's chat template does not write dialogues, or its processor takes no text without pictures.
     """
 
     def __init__(
@@ -88,6 +89,8 @@ class Dialogues:
         self.share = share
         self.value_head = value_head
         self.turns = Turns(reader, environment.schemas(), describe)
+        # Answers may be text alone, which some processors refuse.
+        reader.process("a", [], [], Shelf(Counter()), "tools", first=False)
         self.eos = set(decoder.eos.tolist())
         # Where the marks of calls are special tokens, leaving those out would leave out the calls.
         self.skip_special = "<tool_call>" not in self.turns.special
