@@ -77,6 +77,7 @@ REWARDS: dict[str, tuple[str, str]] = {
         "rewards.geometry_points:TemporalIou",
         "overlap of the interval of time in an answer with the true one",
     ),
+    "tool_use": ("rewards.tool_use:ToolUse", "calls of tools that worked: the bonus of DeepEyes"),
     "trajectory": ("rewards.geometry_points:Trajectory", "how near the path in an answer is to the true one (VLA-R1)"),
 }
 
