@@ -156,7 +156,7 @@ class Decoder:
     def _stopped(self, tokens: Tensor, stop: Sequence[str]) -> Tensor:
         # A stop string of n characters can take up n tokens and may begin inside the first of them.
         tail = tokens[:, -(max(len(word) for word in stop) + 1) :]
-        texts = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(tail)
         return torch.tensor([any(word in text for word in stop) for text in texts], device=tokens.device)
 
     def _finished(

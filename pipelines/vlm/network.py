@@ -79,11 +79,17 @@ class Network:
             found = {"image": found["video"]}
         self.counters["images_encoded"] += media.images
         self.counters["videos_encoded"] += media.videos
-        if self.keep_features or self._held is not None:
-            media.features = found
-            if not self.keep_features:
-                self._held.append(media)
+        self._keep(media, found)
         return found
+
+    def _keep(self, media: Media, found: dict[str, Any]) -> None:
+        if self.keep_features:
+            media.features = found
+            # The pixels are not needed again, and hold more memory than what was made of them.
+            media.tensors = {key: value for key, value in media.tensors.items() if not key.startswith("pixel_values")}
+        elif self._held is not None:
+            media.features = found
+            self._held.append(media)
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -131,10 +137,7 @@ class Network:
             begin += one.images
             found[id(one)] = {"image": part}
             self.counters["images_encoded"] += one.images
-            if self.keep_features or self._held is not None:
-                one.features = found[id(one)]
-                if not self.keep_features:
-                    self._held.append(one)
+            self._keep(one, found[id(one)])
         return found
 
     def prefill(self, prompts: Sequence[Processed]) -> tuple[Tensor, Any, Tensor]:

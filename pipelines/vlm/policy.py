@@ -21,7 +21,7 @@ from pipelines.adapters import LoRA
 from pipelines.loading import quiet
 from pipelines.tools import build_tools
 from pipelines.tools.toolbox import Toolbox
-from pipelines.vlm import loading, training
+from pipelines.vlm import given, loading, training
 from pipelines.vlm.decoding import Completions, Decoder, Sampling, widened
 from pipelines.vlm.dialogue import Dialogues
 from pipelines.vlm.inputs import Processed, Reader, prompt_keys
@@ -77,7 +77,7 @@ class VLMPolicy:
         UserError: model and processor do not belong together, or an option does not fit them.
     """
 
-    verbs = frozenset({"rollout", "decisions", "fit", "generate", "entropy", "values"})
+    verbs = frozenset({"rollout", "decisions", "fit", "generate", "entropy", "values", "given"})
     load = staticmethod(loading.load_vlm)
 
     def __init__(
@@ -172,6 +172,21 @@ class VLMPolicy:
         return {"rollout": sampling, "decisions": 1, "fit": 1, "generate": sampling}
 
     @property
+    def max_decisions(self) -> int:
+        """Longest completion."""
+        return self.sampling.max_new_tokens
+
+    def given(
+        self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]], score: bool = True
+    ) -> Rollout:
+        """A rollout of completions that are given; see :func:`pipelines.vlm.given.given`."""
+        return given.given(self, prompts, completions, score)
+
+    def completions(self, rollout: Rollout) -> list[list[int]]:
+        """Token ids of each row; see :func:`pipelines.vlm.given.completions`."""
+        return given.completions(rollout)
+
+    @property
     def has_frozen_base(self) -> bool:
         """The start is at hand without a copy, by switching adapters off."""
         return self.lora is not None
@@ -202,7 +217,7 @@ class VLMPolicy:
         keys = list(prompt_keys(prompts))
         draws = [generator(seed, "sample", *key, k) for key in keys for k in range(group_size)]
         rollout = self._sample(prompts, group_size, draws, self.sampling)
-        self.scorer.check(rollout.trace, rollout.mask.cpu(), rollout.logp, self.temperature, self.banned)
+        self.scorer.check_sampling(rollout.trace, rollout.mask.cpu(), rollout.logp, self.temperature, self.banned)
         if self.scorer.resample:
             with torch.no_grad():
                 found = self.decisions(rollout)
@@ -243,6 +258,22 @@ class VLMPolicy:
         position = torch.tensor([len(prompt) + prompt.delta for prompt in prompts])
         axes = len(prompts[0].positions)
         return self.decoder(state, cache, mask, position, axes, uniforms, sampling, self.value_head)
+
+    @torch.no_grad()
+    def rollout_of(self, samples: Samples) -> Rollout:
+        """A rollout of given responses, as if this policy had said them: for answers that come from elsewhere.
+
+        Args:
+            samples: with ``texts``, or with prompts that have responses (see :meth:`fit`). Groups stay as they are.
+        """
+        trace, mask = self.answers.trace(samples)
+        scores = self._score(trace, mask, self.temperature, self.banned)
+        given = samples.texts if samples.texts is not None else self.decode(trace.tokens, trace.lengths)
+        sizes = [prompt.sizes for prompt in trace.prompts]
+        group = torch.arange(len(trace)) if samples.group is None else samples.group
+        cut = torch.zeros(len(trace), dtype=torch.bool) if samples.truncated is None else samples.truncated
+        said = Samples(samples.prompts, given, truncated=cut, lengths=mask.sum(1), sizes=sizes, group=group)
+        return Rollout(said, scores.logp, mask.to(self.device), group, trace, value=scores.value)
 
     def decisions(self, rollout: Rollout, steps: Sequence[int] | None = None) -> Decisions:
         """Score recorded tokens again, with gradient; 0 where there was no decision.

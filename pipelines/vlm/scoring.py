@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,7 +65,10 @@ class Scorer:
         self.gradient_checkpointing = gradient_checkpointing
         self.value_head = value_head
         self.logits_in_memory = logits_in_memory
-        self._checked: set[bool] = {False, True} if share == "always" else set()
+        # Whether there are pictures after prompts, which is worth a check of its own.
+        kinds = {False, True}
+        self._sampling_checked: set[bool] = set() if share != "always" else kinds
+        self._sharing_checked: set[bool] = set() if share == "auto" else kinds
 
     def __call__(
         self, trace: Trace, mask: Tensor, temperature: float = 1.0, banned: Tensor | None = None, entropy: bool = False
@@ -71,52 +76,77 @@ class Scorer:
         """Score the tokens ``mask [N, T]`` of a trace, up to the longest row, with gradient if enabled."""
         return self._of_states(self._states(trace), trace, mask, temperature, banned, entropy)
 
-    @torch.no_grad()
-    def check(self, trace: Trace, mask: Tensor, sampled: Tensor, temperature: float, banned: Tensor | None) -> None:
-        """Compare sampled log-probs ``[N, T]`` at the model's tokens ``mask``, and the shared run, with a full run.
+    def check_sampling(
+        self, trace: Trace, mask: Tensor, sampled: Tensor, temperature: float, banned: Tensor | None
+    ) -> None:
+        """Compare log-probs ``[N, T]`` recorded when sampling the tokens ``mask`` with a full run of a few rows.
 
-        Done for a few rows of the first rollout, and again once pictures have come in between. The work counters stay
-        as they were.
+        Done for the first rollout, and again for the first with pictures after its prompts.
         """
         pictures = any(trace.media)
-        if pictures in self._checked:
+        if pictures in self._sampling_checked:
             return
-        self._checked.add(pictures)
-        rows = [i for i, media in enumerate(trace.media) if media][:4] if pictures else _varied_rows(trace)
-        few, mask = trace[rows], mask[rows]
-        before = dict(self.network.counters)
-        full = self._of_states(states_plain(self.network, few), few, mask, temperature, banned, False).logp
+        self._sampling_checked.add(pictures)
+        rows = _varied_rows(trace)
+        with self._aside():
+            full = self._logps(states_plain, trace[rows], mask[rows], temperature, banned)
         largest, exact = self._compare(full, sampled[rows][:, : full.shape[1]])
-        kind = type(self.network.model).__name__
         if not exact:
             self.resample = True
             log.warning(
                 "%s: sampling with a cache is not exact (log-probs differ by up to %.2g), so log-probs "
                 "of rollouts come from a full run",
-                kind,
+                type(self.network.model).__name__,
                 largest,
             )
-        if self.sharing is None or (pictures and self.sharing and not self.network.needs_full_run(few)):
-            states = states_shared(self.network, few)
-            shared = self._of_states(states, few, mask, temperature, banned, False).logp
-            largest, self.sharing = self._compare(full, shared)
-            if not self.sharing:
-                log.warning(
-                    "%s: the shared prompt is not exact (log-probs differ by up to %.2g), so updates run every row in "
-                    "full; share_prefix: never leaves out this check",
-                    kind,
-                    largest,
-                )
-        self.network.counters.clear()
-        self.network.counters.update(before)
+
+    def _check_sharing(self, trace: Trace) -> None:
+        """Compare the shared run with a full run of a few rows; once, and once for pictures after prompts."""
+        self._sharing_checked.add(any(trace.media))
+        few = trace[_varied_rows(trace)]
+        with self._aside():
+            mask = few.live(few.tokens.shape[1])
+            full, shared = (self._logps(states, few, mask, 1.0, None) for states in (states_plain, states_shared))
+        largest, self.sharing = self._compare(full, shared)
+        if not self.sharing:
+            log.warning(
+                "%s: the shared prompt is not exact (log-probs differ by up to %.2g), so updates run every row in "
+                "full; share_prefix: never leaves out this check",
+                type(self.network.model).__name__,
+                largest,
+            )
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Inside, nothing is counted and there are no gradients."""
+        counters = self.network.counters
+        before = dict(counters)
+        with torch.no_grad():
+            yield
+        counters.clear()
+        counters.update(before)
+
+    def _logps(
+        self,
+        states: Callable[[Network, Trace], Tensor],
+        trace: Trace,
+        mask: Tensor,
+        temperature: float,
+        banned: Tensor | None,
+    ) -> Tensor:
+        return self._of_states(states(self.network, trace), trace, mask, temperature, banned, False).logp
 
     def _states(self, trace: Trace) -> Tensor:
         """Hidden states ``[N, t, H]`` that each token is predicted from."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             with training.checkpointing(self.network.model):
                 return states_plain(self.network, trace)
-        if self.sharing is False or self.network.needs_full_run(trace):
+        nothing_to_share = len({id(prompt) for prompt in trace.prompts}) == len(trace)
+        if nothing_to_share or self.sharing is False or self.network.needs_full_run(trace):
             return states_plain(self.network, trace)
+        if any(trace.media) not in self._sharing_checked:
+            self._check_sharing(trace)
+            return self._states(trace)
         return states_shared(self.network, trace)
 
     def _of_states(
@@ -149,11 +179,14 @@ class Scorer:
         return float(gap.max()), bool(exact)
 
 
-def _varied_rows(trace: Trace, prompts: int = 3, rows: int = 2) -> list[int]:
-    """Rows of the prompts of most unlike length, since padding is where things go wrong; with pictures first."""
+def _varied_rows(trace: Trace, rows: int = 2) -> list[int]:
+    """A few rows of unlike prompts, since padding is where things go wrong: the shortest, a middle and the longest one,
+    those with pictures first; and a row with pictures after its prompt."""
     groups: dict[int, list[int]] = {}
     for i, prompt in enumerate(trace.prompts):
         groups.setdefault(id(prompt), []).append(i)
     ranked = sorted(groups.values(), key=lambda own: (not trace.prompts[own[0]].media, len(trace.prompts[own[0]])))
-    chosen = dict.fromkeys([0, len(ranked) // 2, len(ranked) - 1][:prompts])
-    return [i for number in chosen for i in ranked[number][:rows]]
+    chosen = dict.fromkeys([0, len(ranked) // 2, len(ranked) - 1])
+    found = [i for number in chosen for i in ranked[number][:rows]]
+    found += [i for i, media in enumerate(trace.media) if media][:1]
+    return sorted(set(found))

@@ -121,6 +121,7 @@ def test_features_of_a_frozen_tower_serve_rollout_reference_and_update(own):
         policy.decisions(rollout)
     loss = policy.decisions(rollout).logp.sum()
     assert policy.counters["images_encoded"] == 3
+    assert all("pixel_values" not in media.tensors for prompt in rollout.trace.prompts for media in prompt.media)
     loss.backward()
     assert {part_of(name) for name in policy.parameters.named} == {"language"}
     assert all(p.grad is None for name, p in policy.model.named_parameters() if part_of(name) != "language")
@@ -344,6 +345,19 @@ def test_fit_of_a_rollout_is_its_unscaled_log_prob(make):
     policy.counters.clear()
     assert torch.allclose(policy.fit(both, [0] * 4), -both.logp.sum(1), rtol=1e-5)
     assert policy.counters["prefill_rows"] == 2
+
+
+def test_given_answers_become_rollouts(make):
+    policy = make(temperature=0.8)
+    rollout = policy.rollout(mixed_prompts(), 2, seed=4)
+    given = policy.rollout_of(Samples(rollout.samples.prompts, texts=["red"] * 8, group=rollout.group))
+    assert given.samples.texts == ["red"] * 8
+    assert given.group.tolist() == rollout.group.tolist()
+    assert given.mask.sum(1).tolist() == given.samples.lengths.tolist()
+    assert (given.logp - policy.decisions(given).logp).abs().max() < 1e-5
+    plain = make(ban_media_tokens=False)
+    answers = Samples(given.samples.prompts, texts=["red"] * 8)
+    assert torch.allclose(-plain.rollout_of(answers).logp.sum(1), plain.fit(answers, [0] * 8), rtol=1e-5)
 
 
 def test_rows_without_a_response_are_named(make):
