@@ -269,8 +269,14 @@ class _RowReader:
             target=taken.get("target"),
             task=str(taken.get("task") or ""),
             inputs={name: self._input(name, value, place) for name, value in inputs.items()},
-            metadata={name: value for name, value in row.items() if name not in used},
+            metadata={name: self._other(name, value, place) for name, value in row.items() if name not in used},
         )
+
+    def _other(self, name: str, value: Any, place: str) -> Any:
+        """The better and the worse of a pair may be pictures."""
+        if name in ("chosen", "rejected") and isinstance(value, str) and value.lower().endswith(PICTURES):
+            return self._picture(value, place)
+        return value
 
     def _column(self, place: str, row: Mapping, field: str, names: Sequence[str]) -> str | None:
         if field in self.columns:

@@ -6,7 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,15 @@ class Policy(Protocol):
         verbs: which of the methods below work for this policy: "rollout", "decisions", "fit", "generate"; and
             "means", when its decisions are Gaussians whose means a rollout keeps once ``keep_mean`` is set;
             "entropy", when ``decisions`` can give the entropy of categorical decisions (once ``keep_entropy`` is set);
-            "values", when it has a value head, and rollouts and decisions carry ``value``.
+            "values", when it has a value head, and rollouts and decisions carry ``value``;
+            "given", when it can score completions that it did not sample (``given``, ``completions``).
         parameters: what trains.
         counters: work done so far (forwards, prompts encoded...), for tests and reports.
         batch_size: samples per network call; updates use the same, so that a replay sees the same batch shapes.
         has_frozen_base: the reference is at hand without a copy, because adapters can be switched off.
         keep_mean: whether rollouts record the means of Gaussian decisions.
         keep_entropy: whether ``decisions`` also gives entropies; only policies that offer them have it.
+        max_decisions: longest output, where there is a limit; the default divisor of the "constant" aggregation.
     """
 
     verbs: frozenset[str]
@@ -69,6 +71,19 @@ class Policy(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write what the model's own library loads: a LoRA file or a whole model folder."""
+
+
+class GivenPolicy(Policy, Protocol):
+    """A policy of the verb "given": it can score completions that it did not sample."""
+
+    def given(self, prompts: Sequence[Prompt], completions: Sequence[Any], score: bool = True) -> Rollout:
+        """A rollout as if the policy had said ``completions`` (texts, or what :meth:`completions` gave).
+
+        Each row is a group of its own. Log-probs are those of the policy as it is, or 0 without ``score``.
+        """
+
+    def completions(self, rollout: Rollout) -> list[list[int]]:
+        """What each row said as token ids, from which :meth:`given` makes the same row again."""
 
 
 class Parameters:

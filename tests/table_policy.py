@@ -106,7 +106,7 @@ class TablePolicy:
         lengths = rollout.mask.sum(1).tolist()
         return [row[:n] for row, n in zip(rollout.trace.tokens.tolist(), lengths, strict=True)]
 
-    def given(self, prompts, completions):
+    def given(self, prompts, completions, score=True):
         tokens = []
         for answer in completions:
             row = [int(word) for word in answer.split()] + [END] if isinstance(answer, str) else list(answer)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -13,18 +13,20 @@ from torch import Tensor
 from mmrl import distributed
 from mmrl.advantages import constant_groups
 from mmrl.algorithms.base import Context, Update
-from mmrl.algorithms.collecting import roll_out, row_chunks, score
-from mmrl.pair_losses import preference_loss
+from mmrl.algorithms.collecting import numbers_of, roll_out, row_chunks, score
+from mmrl.errors import UserError
+from mmrl.pair_losses import NEED_LOGP, REFERENCE_FREE, PairLoss, PairScores, mixed_pair_loss
+from mmrl.policy import Policy
 from mmrl.seeding import derive_seed
-from mmrl.types import Prompt, Rollout
+from mmrl.types import Prompt, Rollout, Samples
 
 
 @dataclass
 class Pairs:
     """Aligned winners and losers; ``names`` are numbers of the pairs that no other process uses."""
 
-    winners: Rollout
-    losers: Rollout
+    winners: Rollout | Samples
+    losers: Rollout | Samples
     names: list[int]
 
     def __len__(self) -> int:
@@ -44,46 +46,80 @@ class MicroBatch:
 
 
 class PreferenceOptimisation:
-    """Online DPO: roll out a group, pair its best with its worst, fit both under policy and reference.
+    """DPO and its relatives: fit the better and the worse of a pair under policy and reference.
 
-    Works on whatever ``fit`` measures: for diffusion it is Diffusion-DPO (arXiv 2311.12908), for flows Flow-DPO.
+    Works on whatever ``fit`` measures: for tokens it is DPO, for diffusion Diffusion-DPO (arXiv 2311.12908), for flows
+    Flow-DPO.
 
     Args:
-        group_size: samples per prompt.
-        beta: strength of the preference; half of Diffusion-DPO's (published 2000 to 5000 there means 1000 to 2500).
-        label_smoothing: chance that a label is wrong (cDPO).
+        source: ``online`` rolls out a group and pairs its best with its worst; ``offline`` takes the columns ``chosen``
+            and ``rejected`` of the data, texts for a language model and pictures for a diffusion model.
+        loss: see :func:`mmrl.pair_losses.pair_loss`; or several with their weights, such as MPO's
+            ``{sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}``.
+        group_size: samples per prompt, online.
+        beta: strength of the preference. When not given 0.1 for tokens and 100 for denoisers, where it is half of
+            Diffusion-DPO's (published 2000 to 5000 there means 1000 to 2500).
+        label_smoothing: chance that a label is wrong: of sigmoid (cDPO), robust and exo_pair.
+        target_margin: SimPO's.
         pairs: ``best_worst`` one pair a group; ``ranked`` best with worst, second with second worst and so on.
         noise_draws: noise and timestep draws per pair; each is a term of its own.
         refresh_reference: every so many steps the reference becomes the current policy; never when not given.
         epochs: passes over the pairs of a rollout.
     """
 
-    verbs = frozenset({"rollout", "fit"})
-    needs_reference = True
     needs_gradient_of_reward = False
-    needs_rewards = True
 
     def __init__(
         self,
+        source: Literal["online", "offline"] = "online",
+        loss: PairLoss | dict[PairLoss, float] = "sigmoid",
         group_size: Annotated[int, Field(ge=2)] = 8,
-        beta: Annotated[float, Field(gt=0)] = 100.0,
+        beta: Annotated[float, Field(gt=0)] | None = None,
         label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0,
+        target_margin: Annotated[float, Field(ge=0)] = 0.5,
         pairs: Literal["best_worst", "ranked"] = "best_worst",
         noise_draws: Annotated[int, Field(ge=1)] = 1,
         refresh_reference: Annotated[int, Field(ge=1)] | None = None,
         epochs: Annotated[int, Field(ge=1)] = 1,
     ):
-        self.group_size = group_size
+        self.losses: dict[PairLoss, float] = dict(loss) if isinstance(loss, dict) else {loss: 1.0}
+        if not self.losses:
+            raise UserError("algorithm.loss is empty: name at least one loss, such as sigmoid")
+        if "exo_pair" in self.losses and label_smoothing == 0:
+            raise UserError("algorithm.loss exo_pair needs algorithm.label_smoothing above 0, for instance 0.001")
+        self.online = source == "online"
+        # Offline a prompt brings its two answers.
+        self.group_size = group_size if self.online else 2
         self.beta = beta
         self.label_smoothing = label_smoothing
+        self.target_margin = target_margin
         self.pairs = pairs
         self.noise_draws = noise_draws
         self.refresh_reference = refresh_reference
         self.epochs = epochs
+        self.verbs = frozenset({"rollout", "fit"} if self.online else {"fit"})
+        self.needs_rewards = self.online
+        self.needs_reference = not self.losses.keys() <= REFERENCE_FREE
+
+    def defaults_for(self, verbs: frozenset[str]) -> dict[str, Any]:
+        """What options that are not given stand for, with a policy that offers ``verbs``.
+
+        Raises:
+            UserError: a loss is one of log-probs, which denoisers do not have.
+        """
+        refused = sorted(NEED_LOGP & self.losses.keys())
+        if "means" in verbs and refused:
+            raise UserError(
+                f"algorithm.loss {refused[0]} is made of log-probs per token, which a denoiser does not have: "
+                "use one of sigmoid, robust, hinge, bco_pair, nca_pair, exo_pair, sppo_hard, apo_zero, apo_down"
+            )
+        return {"beta": 100.0 if "means" in verbs else 0.1}
 
     def collect(self, context: Context, prompts: Sequence[Prompt], step: int) -> Pairs:
         if self.refresh_reference and step > 0 and step % self.refresh_reference == 0:
             context.policy.parameters.take_snapshot("reference")
+        if not self.online:
+            return given_pairs(context.policy, prompts)
         rollout = roll_out(context, prompts, self.group_size, step)
         scores = score(context, rollout, step).total.cpu()
         per_group = 1 if self.pairs == "best_worst" else self.group_size // 2
@@ -106,19 +142,58 @@ class PreferenceOptimisation:
                 yield MicroBatch(part, seeds, size)
 
     def loss(self, context: Context, micro_batch: MicroBatch) -> Tensor:
-        both = Rollout.cat([micro_batch.pairs.winners, micro_batch.pairs.losers])
+        policy, winners, losers = context.policy, micro_batch.pairs.winners, micro_batch.pairs.losers
+        both = type(winners).cat([winners, losers])
         seeds = micro_batch.seeds * 2
-        fit = context.policy.fit(both, seeds)
-        with torch.no_grad(), context.policy.reference():
-            reference = context.policy.fit(both, seeds)
+        fit = policy.fit(both, seeds)
+        reference = fit.detach()
+        if self.needs_reference:
+            with torch.no_grad(), policy.reference():
+                reference = policy.fit(both, seeds)
         won, lost = (reference - fit).chunk(2)
-        margin = won - lost
-        per_pair = preference_loss(margin, self.beta, self.label_smoothing)
+        better, worse = (-fit).chunk(2)
+        pair = PairScores(better, worse, won, lost, *self._lengths(policy, both, fit).chunk(2))
+        beta = self.beta or self.defaults_for(policy.verbs)["beta"]
+        per_pair = mixed_pair_loss(self.losses, pair, beta, self.label_smoothing, self.target_margin)
         context.tally.mean("loss", per_pair)
+        margin = won - lost if self.needs_reference else better - worse
         context.tally.mean("pairs/accuracy", (margin > 0).float())
-        context.tally.mean("pairs/logit", self.beta * margin)
+        context.tally.mean("pairs/logit", beta * margin)
         context.tally.mean("fit/winner", fit.chunk(2)[0])
         return per_pair.sum() / (micro_batch.pairs_in_update * self.noise_draws)
+
+    def _lengths(self, policy: Policy, both: Rollout | Samples, fit: Tensor) -> Tensor:
+        """Decisions that each ``fit`` is a sum over; 1 where it is a mean already, or where nothing asks for it."""
+        if getattr(policy, "fit_reduction", "sum") == "mean" or not isinstance(both, Rollout):
+            return torch.ones_like(fit)
+        return both.mask.sum(1).to(fit)
+
+
+def given_pairs(policy: Policy, prompts: Sequence[Prompt]) -> Pairs:
+    """The pairs that the data bring along as ``chosen`` and ``rejected``."""
+    chosen, rejected = ([_answer(prompt, column) for prompt in prompts] for column in ("chosen", "rejected"))
+    names = list(numbers_of(slice(0, len(prompts)), len(prompts)))
+    if "given" in policy.verbs:
+        both = policy.given([*prompts, *prompts], [*chosen, *rejected], score=False)
+        return Pairs(both[: len(prompts)], both[len(prompts) :], names)
+    winners, losers = (
+        Samples([replace(prompt, target=target) for prompt, target in zip(prompts, targets, strict=True)])
+        for targets in (chosen, rejected)
+    )
+    return Pairs(winners, losers, names)
+
+
+def _answer(prompt: Prompt, column: str) -> Any:
+    """What a row has in ``chosen`` or ``rejected``; of a conversation the text of its last message."""
+    value = prompt.metadata.get(column)
+    if isinstance(value, (list, tuple)) and value and isinstance(value[-1], dict):
+        content = value[-1].get("content")
+        if isinstance(content, (list, tuple)):
+            content = "".join(part.get("text") or "" for part in content)
+        value = content
+    if value is None or value == "":
+        raise UserError(f"row '{prompt.id}': column '{column}' is missing or empty, but source offline needs it")
+    return value
 
 
 def pair_up(scores: Tensor, group: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
