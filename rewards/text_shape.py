@@ -75,15 +75,15 @@ class JsonSchema(TextReward):
     ):
         self.schema = {"type": ["object", "array"]} if schema is None else schema
         self.column, self.tag, self.strict = schema_column, tag, strict
-        _validator(self.schema, f"reward '{self.name}': 'schema'")
+        self.validator = _validator(self.schema, f"reward '{self.name}': 'schema'")
 
     def score(self, row: Row) -> float:
-        schema = self.schema
+        validator = self.validator
         if self.column:
             schema = row.truth()
             if not isinstance(schema, dict):
                 raise row.bad_truth(schema, "a JSON schema")
-        validator = _validator(schema, f"reward '{self.name}': the schema of row '{row.prompt.id or row.number}'")
+            validator = _validator(schema, f"reward '{self.name}': the schema of row '{row.prompt.id or row.number}'")
         answer = answer_of(row.text, self.tag, self.strict)
         values = [] if answer is None else json_values(answer)
         return float(len(values) == 1 and validator.is_valid(values[0]))
