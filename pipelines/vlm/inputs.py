@@ -182,7 +182,9 @@ class Reader:
         if pictures or clips:
             key = tuple(shelf.key(item) for item in (*pictures, *clips))
             as_pictures = bool(clips) and (self._video_id is None or self._video_id not in ids)
-            if as_pictures and pictures and "pixel_values_videos" in tensors:
+            apart = "pixel_values_videos" in tensors or getattr(tensors.get("pixel_values"), "ndim", 0) > 4
+            if as_pictures and pictures and apart:
+                # Which features belong to which place holders is then unknown.
                 raise UserError(
                     f"row '{row}': {type(self.processor).__name__} takes pictures or clips in a row, not both"
                 )

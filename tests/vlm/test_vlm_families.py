@@ -23,6 +23,7 @@ NO_TEXT_ONLY = frozenset({"paligemma"})
 # picture into tiles if no other comes with it, and what comes in other turns is not known yet.
 NO_DIALOGUE = frozenset({"paligemma", "llava", "mistral3", "llava_onevision"})
 TAKES_VIDEO = frozenset({"qwen2_5_vl", "qwen2_vl", "qwen3_vl", "glm4v", "smolvlm", "llava_onevision", "internvl"})
+PICTURES_OR_VIDEO = frozenset({"glm4v", "smolvlm"})
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:
@@ -39,7 +40,14 @@ def rows(family: str) -> list[Prompt]:
         found.append(Prompt("how many squares are left of the quick brown fox?", "text", target="c"))
     if family in TAKES_VIDEO:
         found.append(Prompt("what moves?", "video", videos=[[picture(56, 56, 3 + k) for k in range(4)]], target="d"))
+    if family in TAKES_VIDEO - PICTURES_OR_VIDEO:
+        media = {"images": [picture(84, 56, 8)], "videos": [[picture(56, 84, 9 + k) for k in range(2)]]}
+        found.append(Prompt("same?", "both", target="e", **media))
     return found
+
+
+def pictures_of(prompts: list[Prompt]) -> int:
+    return sum(len(prompt.images) for prompt in prompts)
 
 
 @functools.cache
@@ -57,7 +65,7 @@ def policy_of(family: str, **options) -> VLMPolicy:
 def plain_logps(policy: VLMPolicy, prompt: Prompt, tokens: torch.Tensor, temperature=0.8, ban=True) -> torch.Tensor:
     """Log-probs of a completion by the model's own forward over what the processor gives, without the policy."""
     model, processor = policy.model, policy.processor
-    content = [{"type": "image"} for _ in prompt.images] + [{"type": "video"} for _ in prompt.videos]
+    content = [{"type": "video"} for _ in prompt.videos] + [{"type": "image"} for _ in prompt.images]
     content.append({"type": "text", "text": prompt.text})
     turns = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -119,7 +127,7 @@ def test_shared_prompts_give_log_probs_and_gradients_of_the_plain_forward(family
     found = policy.decisions(rollout).logp
     shared = policy.counters["prefill_rows"] - before == len(prompts)
     assert shared == (family not in FALLS_BACK)
-    assert policy.counters["images_processed"] == 3
+    assert policy.counters["images_processed"] == pictures_of(prompts)
 
     expected = torch.zeros_like(found)
     plain = []
@@ -152,13 +160,14 @@ def test_padding_changes_nothing(family):
 
 @pytest.mark.parametrize("family", VLM_FAMILIES)
 def test_frozen_towers_encode_each_picture_once(family):
-    policy = policy_of(family, freeze=["vision", "projector"])
-    rollout = policy.rollout(rows(family), group_size=2, seed=1)
+    policy, prompts = policy_of(family, freeze=["vision", "projector"]), rows(family)
+    rollout = policy.rollout(prompts, group_size=2, seed=1)
     found = policy.decisions(rollout).logp
     with torch.no_grad():
         policy.decisions(rollout)
-    assert policy.counters["images_processed"] == policy.counters["images_encoded"] == 3
-    assert policy.counters["videos_processed"] == policy.counters["videos_encoded"] == int(family in TAKES_VIDEO)
+    clips = sum(len(prompt.videos) for prompt in prompts)
+    assert policy.counters["images_processed"] == policy.counters["images_encoded"] == pictures_of(prompts)
+    assert policy.counters["videos_processed"] == policy.counters["videos_encoded"] == clips
     assert (rollout.logp - found).abs().max() < 1e-5
     assert torch.autograd.grad(found.sum(), list(policy.parameters), allow_unused=True)[0] is not None
 
@@ -167,7 +176,7 @@ def test_frozen_towers_encode_each_picture_once(family):
 def test_adapters_go_to_the_language_model_and_learn_from_answers(family):
     model, processor = build_vlm(family, seed=2)
     prompts = rows(family)
-    answers = ["a blue square", "", "two", "left of"][: len(prompts)]
+    answers = ["a blue square", "", "two", "left of", "yes"][: len(prompts)]
     end = torch.tensor([processor.tokenizer.eos_token_id])
     tokens = [processor.tokenizer(x, add_special_tokens=False, return_tensors="pt")["input_ids"][0] for x in answers]
     full = VLMPolicy(model, processor)
@@ -230,6 +239,13 @@ def test_answers_in_the_middle_of_a_dialogue_with_pictures(family):
     assert said.sum() > 4
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert relative(gradients(policy, found), gradients(policy, expected)) < 1e-4
+
+
+@pytest.mark.parametrize("family", sorted(PICTURES_OR_VIDEO))
+def test_pictures_and_a_clip_in_one_row_are_refused_where_they_cannot_be_told_apart(family):
+    both = Prompt("same?", "row 7", images=[picture(56, 56, 0)], videos=[[picture(56, 56, k) for k in range(2)]])
+    with pytest.raises(UserError, match=r"row 7.*not both"):
+        policy_of(family).rollout([both], group_size=2, seed=0)
 
 
 def test_pictures_that_enter_by_cross_attention_are_refused():
