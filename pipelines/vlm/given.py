@@ -41,7 +41,7 @@ def given(
     trace, mask = joined_trace(policy.reader, heads, [[(policy.reader.plain(ids), True)] for ids in tokens])
     samples = Samples(
         list(prompts),
-        texts=policy._completion_texts(trace.tokens, trace.lengths),
+        texts=policy.decode(trace.tokens, trace.lengths),
         truncated=torch.tensor(truncated),
         lengths=trace.lengths,
         sizes=[head.sizes for head in heads],
