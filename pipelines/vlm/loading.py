@@ -12,6 +12,8 @@ import torch
 from mmrl.errors import UserError
 from pipelines import loading
 
+SMALLEST_AREA_LIMIT = 10_000
+
 
 @dataclass
 class LoadedVLM:
@@ -49,18 +51,33 @@ def load_vlm(
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     more = {} if attention is None else {"attn_implementation": attention}
-    pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    pixels = {key: value for key, value in pixels.items() if value is not None}
     try:
         with loading.quiet() if loading.is_small(folder) else contextlib.nullcontext():
             network = AutoModelForImageTextToText.from_pretrained(
                 folder, dtype=getattr(torch, dtype), use_safetensors=True, **options, **more
             )
-            processor = AutoProcessor.from_pretrained(folder, **options, **pixels)
+            processor = AutoProcessor.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
         # "no such file", "no such class for this task" and "this attention is not installed".
         raise UserError(f"model '{model}' cannot be loaded: {error}") from error
+    limit_pixels(processor, min_pixels, max_pixels)
     return LoadedVLM(network, processor)
+
+
+def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
+    """Bound the area of pictures; raises ``UserError`` for a processor that does not scale them by area."""
+    if least is None and most is None:
+        return
+    part = getattr(processor, "image_processor", None)
+    size = dict(getattr(part, "size", None) or {})
+    # Other processors call the length of a side by the same name.
+    if (size.get("longest_edge") or 0) < SMALLEST_AREA_LIMIT:
+        raise UserError(
+            f"pipeline.max_pixels: {type(part).__name__} does not scale pictures by area; set its size in the "
+            "preprocessor config of the model"
+        )
+    bounds = {"shortest_edge": least, "longest_edge": most}
+    part.size = type(part.size)(**(size | {key: value for key, value in bounds.items() if value is not None}))
 
 
 def check_pair(model: Any, processor: Any) -> None:

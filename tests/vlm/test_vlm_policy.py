@@ -409,6 +409,10 @@ def test_what_is_exported_loads_as_it_was(own, tmp_path):
     assert isinstance(load_vlm(str(tmp_path / "whole")), LoadedVLM)
     assert torch.equal(again.rollout(prompts, 2, 3).logp, policy.rollout(prompts, 2, 3).logp)
 
+    small = VLMPolicy(load_vlm(str(tmp_path / "whole"), max_pixels=4 * 28 * 28), max_new_tokens=2)
+    assert small.rollout(prompts[:1], 2, 3).samples.sizes[0] == [(28, 56)]
+    assert again.rollout(prompts[:1], 2, 3).samples.sizes[0] == [(56, 84)]
+
     adapted = VLMPolicy(load_vlm(str(tmp_path / "whole")), max_new_tokens=6, lora=VLMLoRA(rank=2))
     with torch.no_grad():
         for parameter in adapted.parameters:
