@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +16,11 @@ from torch.nn import functional as F
 
 from mmrl.errors import UserError
 from rewards.encoders import Dtype
+from rewards.judges.sharing import CannotShareError, SharedPictures, can_share, consumed_keys, place
 from rewards.judges.subjects import Case, Picture
 from rewards.weights import find_model, first_line
+
+log = logging.getLogger(__name__)
 
 # Their prompt attends to what follows it within the prompt, so that the answer's place must be marked.
 _PREFIX_MODELS = ("paligemma",)
@@ -60,8 +64,12 @@ class LocalVLM:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         marks = {*self.tokenizer.all_special_tokens}
+        marks |= {getattr(self.processor, name, None) or "" for name in ("image_token", "video_token")}
         marks |= {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self._marks = re.compile("|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True) if mark))
+        # By the pictures in a case, as some families treat one and several differently: whether sharing is exact.
+        self._exact: dict[int, bool] = {}
+        self._can_share, self._told = can_share(self.model, self.processor), False
         self.counters = {"cases": 0, "cases_run": 0, "images_processed": 0, "images_encoded": 0}
 
     def place(self, device: torch.device | None) -> None:
@@ -73,8 +81,8 @@ class LocalVLM:
     def next_scores(self, cases: Sequence[Case], ids: Sequence[int], batch_size: int, system: str = "") -> Tensor:
         """Logits ``[N, len(ids)]``, float32 on the CPU, of these tokens as the first of the answer."""
 
-        def run(part: Sequence[Case]) -> Tensor:
-            inputs = self._inputs(part, system, "right")
+        def run(part: Sequence[Case], shared: SharedPictures | None) -> Tensor:
+            inputs = self._inputs(part, system, "right", shared)
             last = inputs["attention_mask"].sum(1) - 1
             logits = self._logits(inputs, last[:, None])[:, 0]
             return logits[:, torch.tensor(ids, device=logits.device)].float().cpu()
@@ -90,8 +98,8 @@ class LocalVLM:
         if self.model.config.model_type in _PREFIX_MODELS:
             raise UserError(f"judge '{self.name}' is a {self.model.config.model_type}, which gives no such likelihood")
 
-        def run(part: Sequence[tuple[Case, str]]) -> Tensor:
-            inputs = self._inputs([case for case, _ in part], system, "right")
+        def run(part: Sequence[tuple[Case, str]], shared: SharedPictures | None) -> Tensor:
+            inputs = self._inputs([case for case, _ in part], system, "right", shared)
             answers = [self._answer_ids(answer) for _, answer in part]
             inputs, places, wanted = append_tokens(inputs, answers, self.tokenizer.pad_token_id)
             logits = self._logits(inputs, places).float()
@@ -118,8 +126,8 @@ class LocalVLM:
 
         seeds = [0] * len(cases) if seeds is None else seeds
 
-        def run(part: Sequence[tuple[Case, int]]) -> list[str]:
-            inputs = self._inputs([case for case, _ in part], system, "left")
+        def run(part: Sequence[tuple[Case, int]], shared: SharedPictures | None) -> list[str]:
+            inputs = self._inputs([case for case, _ in part], system, "left", shared)
             options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
             if temperature > 0:
                 noise = GumbelNoise([seed for _, seed in part], temperature)
@@ -145,46 +153,91 @@ class LocalVLM:
         return sorted(whole or first)
 
     @torch.no_grad()
-    def _each(self, items: Sequence[Any], batch_size: int, run: Any) -> list[Any]:
+    def _each(
+        self,
+        items: Sequence[Any],
+        batch_size: int,
+        run: Callable[[Sequence[Any], SharedPictures | None], Sequence[Any]],
+    ) -> list[Any]:
         """``run`` over batches of the distinct items; its results in the order of ``items``."""
         distinct = list(dict.fromkeys(items))
         self.counters["cases"] += len(items)
         self.counters["cases_run"] += len(distinct)
         found: dict[Any, Any] = {}
+        without = [item for item in distinct if not _pictures(item)]
+        shown = [item for item in distinct if _pictures(item)]
+        shared = self._shared(shown, batch_size)
         # Cases with pictures apart from those without: processors want none or all, and lengths differ less.
-        for some in ([i for i in distinct if not _pictures(i)], [i for i in distinct if _pictures(i)]):
+        for some, pictures in ((without, None), (shown, shared)):
             for start in range(0, len(some), batch_size):
                 part = some[start : start + batch_size]
-                found.update(zip(part, run(part), strict=True))
+                found.update(zip(part, run(part, pictures), strict=True))
         return [found[item] for item in items]
 
-    def _inputs(self, cases: Sequence[Case], system: str, side: str) -> dict[str, Tensor]:
-        """Padded inputs of the model for questions that an assistant is about to answer."""
-        pictures = [[part for part in case if isinstance(part, Picture)] for case in cases]
-        count = sum(len(row) for row in pictures)
+    def _shared(self, items: Sequence[Any], batch_size: int) -> SharedPictures | None:
+        """The encoded pictures of these items, if some are in several and the family allows it."""
+        pictures = [picture for item in items for picture in _pictures(item)]
+        distinct = list(dict.fromkeys(pictures))
+        if not self._can_share or len(distinct) == len(pictures):
+            return None
+        examples = {len(_pictures(item)): _case(item) for item in items}
+        try:
+            shared = SharedPictures(self.model, self.processor, distinct, batch_size)
+            for count in examples.keys() - self._exact.keys():
+                self._exact[count] = self._same(examples[count], shared)
+        except CannotShareError:
+            self._can_share = False
+        if not self._can_share or not all(self._exact[count] for count in examples):
+            if not self._told:
+                self._told = True
+                kind = self.model.config.model_type
+                log.warning("judge '%s': pictures of a %s are encoded once per question", self.name, kind)
+            return None
+        self._count_pictures(len(distinct))
+        return shared
+
+    def _same(self, case: Case, shared: SharedPictures) -> bool:
+        """Whether a case scores the same with encoded pictures as from the start."""
+        plain, quick = self._inputs([case], "", "right"), self._inputs([case], "", "right", shared)
+        left = set(plain) - set(quick) - set(consumed_keys(self.model))
+        if left or not torch.equal(plain["input_ids"], quick["input_ids"]):
+            return False
+        one, other = (self._logits(inputs, inputs["attention_mask"].sum(1)[:, None] - 1) for inputs in (plain, quick))
+        tolerance = 1e-4 if self.model.dtype == torch.float32 else 0.05
+        return torch.allclose(one.float(), other.float(), atol=tolerance * max(1.0, one.abs().max().item()))
+
+    def _count_pictures(self, count: int) -> None:
         self.counters["images_processed"] += count
         self.counters["images_encoded"] += count
+
+    def _inputs(
+        self, cases: Sequence[Case], system: str, side: str, shared: SharedPictures | None = None
+    ) -> dict[str, Any]:
+        """Padded inputs of the model for questions that an assistant is about to answer."""
+        pictures = [[part for part in case if isinstance(part, Picture)] for case in cases]
+        turns = [self._turns(case, system) for case in cases]
+        if shared is not None:
+            texts = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            return shared.inputs(texts, pictures, side)
+        self._count_pictures(sum(map(len, pictures)))
         padding = {"padding": True, "padding_side": side}
         if getattr(self.processor, "chat_template", None) is None:
             texts = ["".join(self._plain(part) for part in case if isinstance(part, str)) for case in cases]
             texts = [f"{system}\n{text}" if system else text for text in texts]
-            images = [[picture.image for picture in row] for row in pictures] if count else None
+            images = [[picture.image for picture in row] for row in pictures] if any(pictures) else None
             inputs = self.processor(images=images, text=texts, return_tensors="pt", **padding)
         else:
             inputs = self.processor.apply_chat_template(
-                [self._turns(case, system) for case in cases],
+                turns,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
                 processor_kwargs=padding,
             )
-        device, dtype = self.model.device, self.model.dtype
-        return {
-            key: value.to(device, dtype) if value.is_floating_point() else value.to(device)
-            for key, value in inputs.items()
-            if isinstance(value, Tensor)
-        }
+        # Labels, which some processors make, would only be turned into a loss.
+        wanted = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and key != "labels"}
+        return {key: place(value, self.model) for key, value in wanted.items()}
 
     def _turns(self, case: Case, system: str) -> list[dict[str, Any]]:
         content = [
@@ -206,7 +259,7 @@ class LocalVLM:
             raise UserError(f"judge '{self.name}' was given an answer without tokens: {answer!r}")
         return ids
 
-    def _logits(self, inputs: Mapping[str, Tensor], places: Tensor) -> Tensor:
+    def _logits(self, inputs: Mapping[str, Any], places: Tensor) -> Tensor:
         """Logits ``[N, P, V]`` at ``places [N, P]``, computed at these positions alone where the model can do so."""
         kept, rows = places.unique(return_inverse=True)
         options: dict[str, Any] = {"use_cache": False}
@@ -224,8 +277,8 @@ class LocalVLM:
 
 
 def append_tokens(
-    inputs: Mapping[str, Tensor], answers: Sequence[Sequence[int]], padding: int
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    inputs: Mapping[str, Any], answers: Sequence[Sequence[int]], padding: int
+) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Put tokens behind the real ones of each right-padded row.
 
     Returns:
@@ -240,7 +293,7 @@ def append_tokens(
     out = dict(inputs)
     for key, value in inputs.items():
         # Types of tokens are 0 for text in every family.
-        if value.shape == ids.shape:
+        if isinstance(value, Tensor) and value.shape == ids.shape:
             fill = value.new_full((len(ids), longest), padding if key == "input_ids" else 0)
             out[key] = torch.cat([value, fill], 1)
     for row, (start, answer) in enumerate(zip(lengths, answers, strict=True)):
@@ -248,7 +301,7 @@ def append_tokens(
         wanted[row, : len(answer)] = torch.tensor(answer)
         places[row] = torch.arange(start - 1, start - 1 + longest).clamp(max=end - 2)
         for key, value in out.items():
-            if value.shape == out["input_ids"].shape:
+            if isinstance(value, Tensor) and value.shape == out["input_ids"].shape:
                 value[row, start:end] = {"attention_mask": 1}.get(key, 0)
         out["input_ids"][row, start:end] = torch.tensor(answer, device=ids.device)
         out["input_ids"][row, end:] = padding
@@ -286,10 +339,13 @@ def _greedy_defaults(model: Any) -> Iterator[None]:
             setattr(config, key, value)
 
 
-def _pictures(item: Any) -> bool:
-    """Whether a case, or a case with something, has a picture."""
-    case = item[0] if item and isinstance(item[0], tuple) else item
-    return any(isinstance(part, Picture) for part in case)
+def _case(item: Any) -> Case:
+    """A case by itself, or of a case with something."""
+    return item[0] if item and isinstance(item[0], tuple) else item
+
+
+def _pictures(item: Any) -> list[Picture]:
+    return [part for part in _case(item) if isinstance(part, Picture)]
 
 
 _loaded: weakref.WeakValueDictionary[tuple, LocalVLM] = weakref.WeakValueDictionary()
