@@ -12,6 +12,8 @@ from torch import Tensor
 from mmrl.errors import UserError, nearest
 
 BUILTIN = Path(__file__).parent / "quickstart"
+# The models that the quickstarts train lie beside their policies, but serve as judges too.
+_SHIPPED = (BUILTIN, Path(__file__).parents[1] / "pipelines" / "quickstart")
 
 # What the two readers raise for a file that is not theirs; the weights-only one trips anywhere in the bytes.
 _UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AssertionError)
@@ -26,10 +28,10 @@ def find_model(place: str) -> str:
     if not place.startswith("builtin:"):
         return place
     name = place.removeprefix("builtin:")
-    names = sorted(path.parent.name for path in BUILTIN.glob("*/config.json"))
-    if name not in names:
-        raise UserError(f"model '{place}' is not shipped with this package{nearest(name, names)}")
-    return str(BUILTIN / name)
+    shipped = {path.parent.name: path.parent for folder in _SHIPPED for path in sorted(folder.glob("*/config.json"))}
+    if name not in shipped:
+        raise UserError(f"model '{place}' is not shipped with this package{nearest(name, shipped)}")
+    return str(shipped[name])
 
 
 def find_file(place: str, option: str) -> Path:

@@ -475,7 +475,7 @@ def test_judges_share_a_frozen_model(folder):
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision", "internvl"])
 def test_other_families(family, tmp_path):
-    """Deep features; several pictures treated differently from one; pictures in tiles: shared or not, the same scores."""
+    """Deep features; several pictures not treated as one is; pictures in tiles: shared or not, the same scores."""
     folder = save(*build_vlm(family), tmp_path)
     vlm = load_vlm(folder)
     one, other = (as_picture(image) for image in smooth_images(2, 40, 64))
