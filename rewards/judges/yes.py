@@ -50,9 +50,10 @@ def choice_probability(scores: Tensor, first: int) -> Tensor:
 
 
 class JudgeYes:
-    """Probability that a vision-language model answers yes, as in RewardDance (arXiv 2509.08826).
+    """Probability that a vision-language model answers yes, read from its next-token scores.
 
     ``P(yes) / (P(yes) + P(no))`` for the first token of the answer, each summed over its spellings; in [0, 1].
+    RewardDance (arXiv 2509.08826) reads its own judge so, which it asks whether a sample beats a reference.
 
     Args:
         model: a repository on the hub, a folder, or ``builtin:NAME``.
