@@ -19,8 +19,9 @@ QUESTIONS: dict[Modality, str] = {
 class JudgeEcho:
     """Minus the cross-entropy per token of the prompt, given the picture, under a vision-language model.
 
-    As in PromptEcho (arXiv 2604.12652), the model is asked to describe the picture and the prompt is scored as its answer;
-    in nats, never positive. For samples of text the completion is scored as the answer to its prompt and pictures.
+    As in PromptEcho (arXiv 2604.12652), the model is asked to describe the picture and the prompt is scored as its
+    answer; in nats, never positive. For samples of text the completion is scored as the answer to its prompt and
+    pictures.
 
     Args:
         model: a repository on the hub, a folder, or ``builtin:NAME``.
