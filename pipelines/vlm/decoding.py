@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipelines.vlm.network import Network
+from pipelines.vlm.prefix import select_rows
 from pipelines.vlm.token_logps import scaled_logits
 
 
@@ -142,7 +143,7 @@ class Decoder:
                 # Rows that are done cost as much as the others, so they leave once half are; what the remaining ones
                 # draw meanwhile is forgotten.
                 keep = going.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
+                select_rows(cache, keep)
                 live, going, there, drawn = live[keep], going[keep], there[keep], drawn[keep]
             length += 1
             there[:, length - 1] = going if keep_cache else True

@@ -17,7 +17,7 @@ from pipelines.vlm.decoding import Completions, Decoder, Sampling
 from pipelines.vlm.inputs import Processed, Reader
 from pipelines.vlm.media import Shelf
 from pipelines.vlm.network import Network
-from pipelines.vlm.prefix import begin, extend, joined_trace
+from pipelines.vlm.prefix import begin, extend, joined_trace, select_rows
 from pipelines.vlm.turns import Turns
 
 
@@ -242,7 +242,7 @@ class Dialogues:
         if not _plain(cache, mask.shape[1]):
             return begin(self.network, [self._whole(row) for row in rows], False)
         kept = kept.to(mask.device)
-        cache.batch_select_indices(kept)
+        select_rows(cache, kept)
         mask = mask[kept]
         there = mask.bool().any(0)
         for layer in cache.layers:

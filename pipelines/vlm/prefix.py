@@ -101,13 +101,30 @@ def unique_prompts(prompts: Sequence[Processed]) -> tuple[list[Processed], Tenso
     return distinct, torch.tensor([place[id(prompt)] for prompt in prompts])
 
 
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Let a cache hold the rows ``rows``, of which some may come often; gradients flow through it."""
+    for layer in cache.layers:
+        # Layers of linear attention have no such method of their own; what they call reordering does the same.
+        getattr(layer, "batch_select_indices", layer.reorder_cache)(rows)
+
+
+def read_only(cache: Any) -> None:
+    """Keep layers of linear attention from writing over the states that a backward pass still needs.
+
+    What the next tokens leave in such a cache is then wrong, so that it serves for one more forward alone.
+    """
+    for layer in cache.layers:
+        if hasattr(layer, "update_recurrent_state"):
+            layer.update_recurrent_state = lambda states, *args, **kwargs: states
+
+
 def begin(network: Network, prompts: Sequence[Processed], share: bool) -> tuple[Tensor, Any, Tensor]:
     """Run the prompts of rows, with ``share`` equal ones once: last states ``[N, H]``, cache and mask ``[N, P]``."""
     distinct, place = unique_prompts(prompts) if share else (prompts, None)
     state, cache, mask = network.prefill(distinct)
     if place is not None and len(distinct) < len(prompts):
         place = place.to(network.device)
-        cache.batch_select_indices(place)
+        select_rows(cache, place)
         state, mask = state[place], mask[place]
     return state, cache, mask
 
@@ -119,7 +136,9 @@ def states_shared(network: Network, trace: Trace) -> Tensor:
     last, cache, prompt_mask = network.prefill(prompts)
     place = place.to(device)
     if len(prompts) < len(place):
-        cache.batch_select_indices(place)
+        select_rows(cache, place)
+    if torch.is_grad_enabled():
+        read_only(cache)
     first = last[place][:, None]
     length = int(trace.lengths.max())
     if length == 1:

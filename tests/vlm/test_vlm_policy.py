@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from zoo.vlms import build_vlm
+from zoo.vlms.linear import qwen3_5
 
 from mmrl.errors import UserError
 from mmrl.types import Prompt, Rollout, Samples
@@ -78,6 +79,20 @@ def test_shared_prompts_equal_full_runs(make):
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
     assert shared.counters["prefill_rows"] == 2 * 4
     assert full.counters["prefill_rows"] == 12
+
+
+def test_states_of_linear_attention_are_shared_as_well():
+    pytest.importorskip("transformers.models.qwen3_5")
+    pair = qwen3_5(seed=0)
+    shared, full = (VLMPolicy(*pair, max_new_tokens=6, share_prefix=share) for share in ("auto", "never"))
+    rollout = shared.rollout(mixed_prompts(), 3, seed=1)
+    a, b = shared.decisions(rollout).logp, full.decisions(rollout).logp
+    assert shared.scorer.sharing
+    assert (rollout.logp - a).abs().max() < 1e-4
+    assert (a - b).abs().max() < 1e-4
+    weight = weights(rollout)
+    ours, theirs = grads(shared, (weight * a).sum()), grads(full, (weight * b).sum())
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
 
 def test_sampling_without_sharing_draws_the_same(make):
@@ -466,6 +481,22 @@ def test_processor_of_another_model_is_refused(pair):
         VLMPolicy(model, other)
     with pytest.raises(UserError, match="no tokenizer"):
         VLMPolicy(model, processor.image_processor)
+
+
+def test_models_that_read_pictures_beside_their_tokens_are_refused(pair):
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text = sizes | {"vocab_size": 64, "num_key_value_heads": 2, "cross_attention_layers": [1], "pad_token_id": 0}
+    vision = sizes | {
+        "attention_heads": 2,
+        "num_global_layers": 1,
+        "image_size": 28,
+        "intermediate_layers_indices": [0],
+    }
+    model = MllamaForConditionalGeneration(MllamaConfig(vision, text))
+    with pytest.raises(UserError, match="beside its tokens"):
+        VLMPolicy(model, pair[1])
 
 
 def test_a_shared_prompt_that_is_not_exact_is_given_up_with_a_message(own, caplog):
