@@ -21,7 +21,7 @@ FALLS_BACK: frozenset[str] = frozenset()
 NO_TEXT_ONLY = frozenset({"paligemma"})
 # PaliGemma has no turns; the Llama tokenizer puts a space in front of text that stands alone; LLaVA-OneVision cuts a
 # picture into tiles if no other comes with it, and what comes in other turns is not known yet.
-NO_DIALOGUE = frozenset({"paligemma", "llava", "mistral3", "llava_onevision"})
+NO_DIALOGUE = frozenset({"paligemma", "llava", "llava_next", "pixtral", "mistral3", "llava_onevision"})
 TAKES_VIDEO = frozenset({"qwen2_5_vl", "qwen2_vl", "qwen3_vl", "glm4v", "smolvlm", "llava_onevision", "internvl"})
 PICTURES_OR_VIDEO = frozenset({"glm4v", "smolvlm"})
 

@@ -21,6 +21,8 @@ BUILDERS: dict[str, Callable[[int], tuple[Any, Any]]] = {
     "idefics3": idefics.idefics3,
     "smolvlm": idefics.smolvlm,
     "llava": llava.llava,
+    "llava_next": llava.llava_next,
+    "pixtral": llava.pixtral,
     "llava_onevision": llava.llava_onevision,
     "internvl": llava.internvl,
     "mistral3": llava.mistral3,

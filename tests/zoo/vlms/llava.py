@@ -38,6 +38,56 @@ def llava(seed: int) -> tuple[Any, Any]:
     return finished(LlavaForConditionalGeneration(config), tokenizer, "llava", seed), processor
 
 
+def llava_next(seed: int) -> tuple[Any, Any]:
+    """LLaVA 1.6: CLIP over the whole picture and its tiles, a newline after every row of features; Llama."""
+    from transformers import (
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+    )
+
+    template = chat_template("<image>", before="<s>")
+    tokenizer = llama_tokenizer(template, ["<image>"])
+    grids = [[56, 112], [112, 56], [112, 112]]
+    pictures = LlavaNextImageProcessor(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=grids
+    )
+    processor = LlavaNextProcessor(
+        pictures,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+    config = LlavaNextConfig(
+        text_config=text_sizes(tokenizer, "llama"),
+        vision_config={"model_type": "clip_vision_model", "image_size": 56, "patch_size": 14} | VISION,
+        image_token_index=processor.image_token_id,
+        image_grid_pinpoints=grids,
+    )
+    return finished(LlavaNextForConditionalGeneration(config), tokenizer, "llava_next", seed), processor
+
+
+def pixtral(seed: int) -> tuple[Any, Any]:
+    """Pixtral 12B, which is a LLaVA with Pixtral's vision transformer: pictures at their own shape; Mistral."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralImageProcessor, PixtralProcessor
+
+    template = chat_template("[IMG]", before="<s>")
+    tokenizer = llama_tokenizer(template, ["[IMG]", "[IMG_BREAK]", "[IMG_END]"])
+    pictures = PixtralImageProcessor(size={"longest_edge": 112}, patch_size={"height": 16, "width": 16})
+    processor = PixtralProcessor(pictures, tokenizer, patch_size=16, chat_template=template)
+    config = LlavaConfig(
+        text_config=text_sizes(tokenizer, "mistral", sliding_window=None),
+        vision_config={"model_type": "pixtral", "image_size": 112, "patch_size": 16} | VISION,
+        image_token_index=processor.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return finished(LlavaForConditionalGeneration(config), tokenizer, "pixtral", seed), processor
+
+
 def llava_onevision(seed: int) -> tuple[Any, Any]:
     """SigLIP over tiles of a large picture, one tile each for several pictures, pooled frames of a video; Qwen 2."""
     from transformers import (
