@@ -69,6 +69,7 @@ REWARDS: dict[str, tuple[str, str]] = {
     ),
     "point_in_box": ("rewards.geometry_points:PointInBox", "share of the points in an answer that lie in the true box"),
     "remote": ("rewards.remote:Remote", "a reward that runs on another machine or in another process, over HTTP"),
+    "render": ("rewards.render:Render", "likeness of the picture that an answer's code draws: SVG, matplotlib, TikZ"),
     "repetition": ("rewards.text_shape:Repetition", "minus the share of repeated n-grams"),
     "rouge": ("rewards.text_overlap:Rouge", "ROUGE of the answer, by rouge-score"),
     "salient_boxes": ("rewards.geometry_boxes:SalientBoxes", "overlap with boxes of which some matter more (GRiP)"),
