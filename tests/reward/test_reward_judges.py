@@ -11,7 +11,6 @@ from reward_samples import smooth_images
 from mmrl.errors import UserError
 from mmrl.media import to_pil
 from mmrl.scoring import Scorer
-from mmrl.seeding import generator
 from mmrl.types import Prompt, Samples
 from rewards import load_reward
 from rewards.judges.local import load_vlm
@@ -299,7 +298,7 @@ def test_score_reads_what_the_model_writes(folder, plain):
 
 
 def test_unreadable_verdicts_are_retried_counted_and_shown(stubborn):
-    samples = pictures()
+    samples, state = pictures(), torch.get_rng_state()
     never = load_reward("judge_score", model=stubborn, max_new_tokens=1, retries=0)
     assert never(samples) == [None] * 4
     assert never.counts == {"verdicts": 4, "retries": 0, "unparsable": 4}
@@ -316,16 +315,17 @@ def test_unreadable_verdicts_are_retried_counted_and_shown(stubborn):
     assert found.total.isnan().tolist() == [score is None for score in scores]
     assert found.metrics()["reward/judge_score/share"] == 1 - scores.count(None) / 4
     assert found.metrics()["reward/judge_score/mean"] == 7
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_sampling_follows_the_softmax(stubborn):
     """Gumbel noise: "7" has odds of one half to "x", so a third of the answers."""
     reward = load_reward("judge_score", model=stubborn)
-    seeds = list(range(600))
-    said = reward.vlm.write([("hello",)] * 600, 200, 1, temperature=1.0, seeds=seeds)
+    seeds = list(range(400))
+    said = reward.vlm.write([("hello",)] * 400, 200, 1, temperature=1.0, seeds=seeds)
     assert set(said) == {"x", "7"}
-    assert said.count("7") / 600 == pytest.approx(1 / 3, abs=0.06)
-    assert said == reward.vlm.write([("hello",)] * 600, 200, 1, temperature=1.0, seeds=seeds)
+    assert said.count("7") / 400 == pytest.approx(1 / 3, abs=0.07)
+    assert said == reward.vlm.write([("hello",)] * 400, 200, 1, temperature=1.0, seeds=seeds)
 
 
 @pytest.mark.parametrize(
@@ -494,12 +494,3 @@ def test_half_precision_is_close(folder):
     samples = pictures()
     exact = load_reward("judge_yes", model=folder)(samples)
     assert torch.allclose(load_reward("judge_yes", model=folder, dtype="bfloat16")(samples), exact, atol=0.03)
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    """Nothing here may use torch's global generator."""
-    before = torch.get_rng_state()
-    yield
-    assert torch.equal(before, torch.get_rng_state())
-    assert generator(0).initial_seed() == generator(0).initial_seed()
