@@ -176,9 +176,8 @@ def draw(scaled: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
 
     ``uniform [N]`` in [0, 1) decides alone, so that a row's draw does not depend on its batch.
     """
-    best = scaled.argmax(-1)
     if sampling.temperature == 0:
-        return best
+        return scaled.argmax(-1)
     weights, ids = scaled, None
     if sampling.top_k and sampling.top_k < scaled.shape[-1]:
         weights, ids = scaled.topk(sampling.top_k, -1)
@@ -191,11 +190,9 @@ def draw(scaled: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
     cumulative = probabilities.double().cumsum(-1)
     target = uniform.double()[:, None] * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, target, right=True)
-    inside = place < scaled.shape[-1] if ids is None else place < ids.shape[-1]
-    place = place.clamp(max=probabilities.shape[-1] - 1)
-    chosen = place if ids is None else ids.gather(-1, place)
-    return torch.where(inside[:, 0], chosen[:, 0], best)
+    # The target is below the total, however it is rounded, so that the place has a probability; unless all is NaN.
+    place = torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[-1] - 1)
+    return place[:, 0] if ids is None else ids.gather(-1, place)[:, 0]
 
 
 def widened(values: Tensor, width: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,16 +82,10 @@ def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
 
 def check_pair(model: Any, processor: Any) -> None:
     """Raise ``UserError`` where processor and model do not belong together, or the model reads pictures another way."""
-    accepted = inspect.signature(model.forward).parameters
-    if model.config.is_encoder_decoder or "cross_attention_mask" in accepted:
-        raise UserError(
-            f"{type(model).__name__} reads pictures beside its tokens (an encoder, or cross-attention); the vlm pipeline "
-            "is for models that read them at place holders among the tokens"
-        )
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
         raise UserError(f"{type(processor).__name__} has no tokenizer: give the processor that belongs to the model")
-    if "cross_attention_mask" in inspect.signature(model.forward).parameters:
+    if model.config.is_encoder_decoder or "cross_attention_mask" in inspect.signature(model.forward).parameters:
         raise UserError(
             f"{type(model).__name__} reads pictures by cross-attention, which is not supported: choose a family that "
             "reads them as tokens (docs/vlms.md has a list)"

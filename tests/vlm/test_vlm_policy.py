@@ -483,7 +483,7 @@ def test_processor_of_another_model_is_refused(pair):
         VLMPolicy(model, processor.image_processor)
 
 
-def test_models_that_read_pictures_beside_their_tokens_are_refused(pair):
+def test_models_with_cross_attention_are_refused(pair):
     from transformers import MllamaConfig, MllamaForConditionalGeneration
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -494,8 +494,8 @@ def test_models_that_read_pictures_beside_their_tokens_are_refused(pair):
         "image_size": 28,
         "intermediate_layers_indices": [0],
     }
-    model = MllamaForConditionalGeneration(MllamaConfig(vision, text))
-    with pytest.raises(UserError, match="beside its tokens"):
+    model = MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
+    with pytest.raises(UserError, match="cross-attention, which is not supported"):
         VLMPolicy(model, pair[1])
 
 
