@@ -1,6 +1,8 @@
 """A whole language model for tests: a table of logits for each prompt and place, with an optional value table."""
 
 import contextlib
+import json
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ class Trace(Rows):
 
 
 class TablePolicy:
-    """Prompt "p3" has the third table; texts are token numbers with spaces; token 0 ends."""
+    """A prompt that ends with "p3" has the third table; texts are token numbers with spaces; token 0 ends."""
 
     verbs = frozenset({"rollout", "decisions", "fit", "generate", "entropy", "values", "given"})
     load = staticmethod(lambda model=None: None)
@@ -71,7 +73,7 @@ class TablePolicy:
         return self
 
     def _places(self, prompts):
-        return torch.tensor([int(prompt.text.split()[0][1:]) for prompt in prompts])
+        return torch.tensor([int(prompt.text.split()[-1][1:]) for prompt in prompts])
 
     def _rollout(self, prompts, group, tokens, truncated=None):
         """``tokens`` are lists that end with END unless cut."""
@@ -105,6 +107,10 @@ class TablePolicy:
     def completions(self, rollout):
         lengths = rollout.mask.sum(1).tolist()
         return [row[:n] for row, n in zip(rollout.trace.tokens.tolist(), lengths, strict=True)]
+
+    def decode(self, tokens, lengths):
+        rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
+        return [" ".join(str(token) for token in row[:n] if token != END) for row, n in rows]
 
     def given(self, prompts, completions, score=True):
         tokens = []
@@ -206,3 +212,40 @@ def table_config(run_dir: Path, algorithm: dict[str, Any], **changes: Any) -> di
         "eval": {"samples_per_prompt": 1},
     }
     return merge(base, changes)
+
+
+def train(config: dict[str, Any]) -> dict[str, Any]:
+    from mmrl import run
+    from mmrl.config import parse_config
+
+    return run.train(parse_config(config))
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    """Metric lines without timings, which no two runs share."""
+    found = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time/") and not k.endswith("seconds")} for line in found
+    ]
+
+
+def resumes_bit_exactly(folder: Path, algorithm: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Train twice, the second time as if killed after the first checkpoint; returns the algorithm's state in it."""
+    from safetensors.torch import load_file
+
+    from mmrl import checkpoints, run
+
+    for name in ("straight", "stopped"):
+        train(table_config(folder / name, algorithm, **changes))
+    first, *later = checkpoints.checkpoints(folder / "stopped")
+    for path in later:
+        shutil.rmtree(path)
+    run.resume(folder / "stopped")
+    assert lines(folder / "stopped") == lines(folder / "straight")
+    last = [checkpoints.checkpoints(folder / name)[-1] for name in ("straight", "stopped")]
+    for file in sorted(last[0].glob("*.safetensors")):
+        one, other = load_file(file), load_file(last[1] / file.name)
+        assert all(torch.equal(one[key], other[key]) for key in one), file.name
+    ends = [json.loads((path / "state.json").read_text())["training"]["algorithm"] for path in last]
+    assert ends[0] == ends[1]
+    return json.loads((first / "state.json").read_text())["training"]["algorithm"]

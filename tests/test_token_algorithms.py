@@ -1,14 +1,9 @@
 """Every policy-gradient algorithm on a real, tiny categorical policy: it learns, and its gradient is well defined."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
-from table_policy import TablePolicy, exact, table_config, table_context, take_step
+from table_policy import TablePolicy, exact, lines, resumes_bit_exactly, table_config, table_context, take_step, train
 
-from mmrl import run
 from mmrl.algorithms.experience import replay
 from mmrl.components import algorithm_component, build_algorithm
 from mmrl.config import parse_config
@@ -31,23 +26,8 @@ OPTIONS = {
 }
 
 
-def train(config):
-    return run.train(parse_config(config))
-
-
-def lines(run_dir):
-    found = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if not k.startswith("time/") and not k.endswith("seconds")} for line in found
-    ]
-
-
 def rewards(run_dir):
     return [line["reward/mean"] for line in lines(run_dir) if "reward/mean" in line]
-
-
-def weights(run_dir, step):
-    return load_file(Path(run_dir) / "checkpoints" / f"step-{step:06d}" / "policy.safetensors")
 
 
 @pytest.mark.parametrize("name", POLICY_GRADIENT)
@@ -123,22 +103,8 @@ def test_learning_rate_0_changes_nothing(tmp_path, name):
 def test_adapted_entropy_bonus_resumes_bit_exactly(tmp_path):
     algorithm = {"type": "grpo", "entropy_coef": 0.01, "entropy_target": {"target": 1.6, "delta": 0.01}, "epochs": 2}
     trainer = {"steps": 6, "save_every": 3}
-    train(table_config(tmp_path / "straight", algorithm, trainer=trainer))
-    train(table_config(tmp_path / "stopped", algorithm, trainer=trainer))
-    state = json.loads((tmp_path / "stopped/checkpoints/step-000003/state.json").read_text())
-    assert state["training"]["algorithm"]["coefficient"] != 0.01
-    # As if it had been killed after the third step.
-    later = tmp_path / "stopped/checkpoints/step-000006"
-    for file in later.iterdir():
-        file.unlink()
-    later.rmdir()
-    run.resume(tmp_path / "stopped")
-    assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
-    one, other = weights(tmp_path / "stopped", 6), weights(tmp_path / "straight", 6)
-    assert torch.equal(one["logits"], other["logits"])
-    last = [tmp_path / f"{name}/checkpoints/step-000006/state.json" for name in ("stopped", "straight")]
-    one, other = (json.loads(path.read_text())["training"]["algorithm"] for path in last)
-    assert one == other
+    state = resumes_bit_exactly(tmp_path, algorithm, trainer=trainer)
+    assert state["entropy"]["coefficient"] != 0.01
 
 
 def test_entropy_bonus_keeps_entropy_up(tmp_path):

@@ -38,6 +38,7 @@ class Credit:
     gamma: float
     lam: float
     soft: tuple[float, float]
+    scale: tuple[float, float]
 
     def __call__(
         self,
@@ -71,6 +72,8 @@ class Credit:
             if self.soft != (0.0, 0.0):
                 per_sample = soft_advantages(per_sample, *self.soft)
             advantage = per_sample.cpu()[:, None] * mask
+        if self.scale != (1.0, 1.0):
+            advantage = torch.where(advantage > 0, self.scale[0], self.scale[1]) * advantage
         if self.whiten:
             advantage = whiten(advantage, mask, distributed.total)
         if self.clip is not None:

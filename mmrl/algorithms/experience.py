@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmrl.advantages import constant_groups
 from mmrl.algorithms.base import Context
 from mmrl.algorithms.collecting import row_chunks
+from mmrl.errors import UserError
 from mmrl.policy import Policy
 from mmrl.scoring import Scores
 from mmrl.types import Decisions, Rollout, Rows
@@ -47,31 +49,50 @@ class Batch:
         """Samples of each group."""
         return len(self) // self.groups
 
-    def group(self, number: int) -> Batch:
-        """One group alone, numbered 0."""
-        rows = slice(number * self.group_size, (number + 1) * self.group_size)
+    def rows_of(self, group: int) -> list[int]:
+        """Row numbers of a group."""
+        return list(range(group * self.group_size, (group + 1) * self.group_size))
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """Some rows, which keep their group numbers."""
+        rows = list(rows)
         scores = replace(
             self.scores,
             total=self.scores.total[rows],
             values=self.scores.values[rows],
             each={name: values[rows] for name, values in self.scores.each.items()},
         )
-        rollout = self.rollout[rows]
-        return Batch(with_groups(rollout, torch.zeros_like(rollout.group)), scores, self.given[rows])
+        return Batch(self.rollout[rows], scores, self.given[rows])
 
-    def replaced(self, groups: Mapping[int, Batch]) -> Batch:
-        """The batch with some of its groups exchanged for others of the same size."""
-        if not groups:
+    def with_rows(self, rows: Sequence[int], others: Batch) -> Batch:
+        """The batch with ``rows`` exchanged for those of ``others``, in that order; groups stay as they are.
+
+        Raises:
+            UserError: the rows are of different kinds, such as plain answers and dialogues with tools.
+        """
+        if not len(rows):
             return self
-        parts = [groups[number] if number in groups else self.group(number) for number in range(self.groups)]
-        rollout = with_groups(Rollout.cat([part.rollout for part in parts]), self.rollout.group)
+        mine, theirs = vars(self.rollout.samples), vars(others.rollout.samples)
+        differ = [name for name in mine if (mine[name] is None) != (theirs[name] is None)]
+        if differ:
+            raise UserError(f"samples that were rolled out and samples that are given differ in '{differ[0]}'")
+        order = torch.arange(len(self))
+        order[list(rows)] = len(self) + torch.arange(len(rows))
+        rollout = Rollout.cat([self.rollout, others.rollout])[order]
         scores = replace(
             self.scores,
-            total=torch.cat([part.scores.total for part in parts]),
-            values=torch.cat([part.scores.values for part in parts]),
-            each={name: torch.cat([part.scores.each[name] for part in parts]) for name in self.scores.each},
+            total=torch.cat([self.scores.total, others.scores.total])[order],
+            values=torch.cat([self.scores.values, others.scores.values])[order],
+            each={
+                name: torch.cat([values, others.scores.each[name]])[order] for name, values in self.scores.each.items()
+            },
         )
-        return Batch(rollout, scores, torch.cat([part.given for part in parts]))
+        return Batch(with_groups(rollout, self.rollout.group), scores, torch.cat([self.given, others.given])[order])
+
+    def failed(self, threshold: float) -> list[int]:
+        """Numbers of the groups none of whose members scores above ``threshold``."""
+        best = self.scores.total.nan_to_num(nan=-torch.inf).reshape(self.groups, -1).amax(1)
+        return (best <= threshold).nonzero().flatten().tolist()
 
     def silent(self) -> list[int]:
         """Numbers of the groups whose scores have no spread."""
@@ -101,6 +122,19 @@ class Experience(Rows):
 
     def __len__(self) -> int:
         return len(self.rollout)
+
+    def widened(self, width: int) -> Experience:
+        """With masked decisions at the end up to ``width``."""
+        missing = width - self.mask.shape[1]
+        names = ("advantage", "mask", "factor", "reference_logp", "returns")
+        found = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: None if x is None else pad(x, (0, missing)) for name, x in found.items()})
+
+    @classmethod
+    def cat(cls, parts: Sequence[Experience]) -> Experience:
+        """Join row-wise; parts with fewer decisions than the longest get masked ones at the end."""
+        width = max(part.mask.shape[1] for part in parts)
+        return super().cat([part.widened(width) for part in parts])
 
 
 def replay(context: Context, rollout: Rollout) -> Decisions:

@@ -42,6 +42,16 @@ class Objective:
     temperatures: tuple[float, float]
     regression_scale: float
 
+    @property
+    def needs_means(self) -> bool:
+        """Whether it takes the means of Gaussian decisions."""
+        return self.name in NEED_MEANS
+
+    @property
+    def whole_samples(self) -> bool:
+        """Whether all decisions of a sample must be at hand at once."""
+        return self.name in WHOLE_SAMPLE
+
     def bounds(self, gaussian: bool) -> tuple[float, float]:
         """Lower and upper clip bound."""
         low, high = default_clip_range(self.name, gaussian)

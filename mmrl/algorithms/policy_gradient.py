@@ -1,14 +1,14 @@
 """The policy-gradient family: sample groups, weigh decisions by advantage, bound the step.
 
-A step from top to bottom: :meth:`PolicyGradient.collect` rolls out, scores, lets hooks change the batch and shares the
-scores out over decisions (``credit``); :meth:`PolicyGradient.updates` cuts that into optimiser steps and micro-batches;
-:meth:`PolicyGradient.loss` adds up objective (``objectives``), KL, entropy and value terms (``regularisers``).
+A step from top to bottom: :meth:`PolicyGradient.collect` chooses prompts, rolls out, scores, lets hooks change the
+batch and shares the scores out over decisions (``credit``); :meth:`PolicyGradient.updates` cuts that into optimiser
+steps and micro-batches; ``policy_loss`` adds up objective, KL, entropy and value terms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,36 +21,22 @@ from mmrl.algorithms.base import Context, Update
 from mmrl.algorithms.collecting import roll_out, row_chunks, score, score_greedy, split_groups
 from mmrl.algorithms.credit import GROUP_BASELINES, PER_DECISION, Credit, CreditMethod
 from mmrl.algorithms.experience import Batch, Experience, ReferenceScores, reference_logp, replay
+from mmrl.algorithms.hooks.consistency import Consistency
 from mmrl.algorithms.hooks.dynamic_sampling import DynamicSampling
-from mmrl.algorithms.objectives import NEED_MEANS, WHOLE_SAMPLE, Objective, ObjectiveName, default_clip_range
+from mmrl.algorithms.hooks.hints import Hints
+from mmrl.algorithms.hooks.injection import GroundTruth
+from mmrl.algorithms.hooks.prompt_choice import PromptChoice, PromptRecord
+from mmrl.algorithms.hooks.replay import Replay, ReplayBuffer
+from mmrl.algorithms.objectives import Objective, ObjectiveName, default_clip_range
+from mmrl.algorithms.policy_loss import KLName, MicroBatch, PolicyLoss
 from mmrl.algorithms.regularisers import EntropyBonus, EntropyTarget, Importance, ValueHead, top_entropy_mask
 from mmrl.errors import UserError
-from mmrl.types import Decisions, Prompt
+from mmrl.types import Prompt, Rollout
 
 _HOW = {
     "values": ", a value head: switch it on (pipeline.value_head)",
     "means": ", which are those of Gaussian decisions: for tokens use kl k1, k2 or k3",
 }
-
-
-@dataclass
-class MicroBatch:
-    """Some rows and some decisions (``columns``) of an experience.
-
-    Attributes:
-        weight: ``[n, t]`` of each decision in the update's loss.
-        token_weight: ``[n, t]`` the same for the terms that are means over decisions: entropy and value.
-        centre: ``[n, 1]`` mean log-ratio of each row's group, for Reg-GRPO.
-        first: the policy is still the one that sampled.
-    """
-
-    experience: Experience
-    columns: list[int]
-    weight: Tensor
-    token_weight: Tensor
-    centre: Tensor
-    reference: ReferenceScores
-    first: bool
 
 
 class PolicyGradient:
@@ -75,12 +61,15 @@ class PolicyGradient:
             samples, then over these blocks (BNPO, whose published form has the micro-batch for a block).
         block_rows: samples of a block; ``group_size`` when not given.
         max_decisions: divisor of ``constant``; the policy's length limit when not given.
-        mask_truncated: samples that hit the length limit teach nothing.
+        mask_truncated: samples that hit the limit of length or turns teach nothing; ``exclude`` also leaves them out of
+            the number of samples that the loss is divided by (over-turn masking, Mini-o3, arXiv 2509.07969).
         advantage: see ``mmrl.advantages``; ``gdpo`` normalises each reward within its group, then the sum over the
             batch; ``decoupled`` leaves out the second, as MixGRPO does; ``remax`` R minus the reward of the greedy
             output; ``returns`` the discounted reward to come, per decision; ``gae`` with a value head.
         advantage_clip: bound on the size of an advantage; null for none.
         soft_advantage: bend of advantages above and below 0 (TempSamp-R1); 0 is straight.
+        advantage_scale: factor of advantages above and below 0; less than 1 for the first one asks for exploration
+            (A-GRAE, arXiv 2602.05548).
         whiten: subtract the mean and divide by the spread of advantages over all decisions of all processes.
         gamma, lam: discount, and decay of GAE.
         value: options of the value loss, used by ``gae``.
@@ -98,6 +87,11 @@ class PolicyGradient:
         top_entropy: share of decisions, those of the highest entropy at rollout, that the policy term learns from.
         importance: correct for members that another policy sampled.
         dynamic_sampling: replace groups whose scores are all equal by those of further prompts (DAPO).
+        ground_truth: put the given answer into groups (ViSurf, TempSamp-R1).
+        hints: roll groups that all failed out again with a hint (Guide).
+        consistency: bonus for answers that a slow reference finds likely after their reasoning (GRPO-CARE).
+        prompt_choice: draw prompts by variance or difficulty (MMR1, curricula).
+        replay: keep samples that taught something for steps that have too few (VL-Rethinker).
         drop_silent: compute nothing for samples with advantage 0, not even their KL. When not given: always for
             Gaussian decisions, as Flow-GRPO does, and for tokens where no KL, entropy or value term acts on them.
         epochs: passes over a rollout.
@@ -121,16 +115,17 @@ class PolicyGradient:
         aggregation: losses.Aggregation = "sequence",
         block_rows: Annotated[int, Field(ge=1)] | None = None,
         max_decisions: Annotated[int, Field(ge=1)] | None = None,
-        mask_truncated: bool = False,
+        mask_truncated: bool | Literal["exclude"] = False,
         advantage: CreditMethod = "group",
         advantage_clip: Annotated[float, Field(gt=0)] | None = 5.0,
         soft_advantage: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.0, 0.0),
+        advantage_scale: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (1.0, 1.0),
         whiten: bool = False,
         gamma: Annotated[float, Field(ge=0, le=1)] = 1.0,
         lam: Annotated[float, Field(ge=0, le=1)] = 0.95,
         value: ValueHead = ValueHead(),  # noqa: B008 (frozen)
         kl_coef: Annotated[float, Field(ge=0)] = 0.0,
-        kl: Literal["exact", "exact_dt", "k1", "k2", "k3"] | None = None,
+        kl: KLName | None = None,
         kl_gradient: losses.KLGradient = "value",
         kl_ratio_weight: bool = False,
         kl_in: Literal["loss", "reward"] = "loss",
@@ -139,6 +134,11 @@ class PolicyGradient:
         top_entropy: Annotated[float, Field(gt=0, le=1)] = 1.0,
         importance: Importance | None = None,
         dynamic_sampling: DynamicSampling | None = None,
+        ground_truth: GroundTruth | None = None,
+        hints: Hints | None = None,
+        consistency: Consistency | None = None,
+        prompt_choice: PromptChoice | None = None,
+        replay: Replay | None = None,
         drop_silent: bool | None = None,
         epochs: Annotated[int, Field(ge=1)] = 1,
         minibatches: Annotated[int, Field(ge=1)] = 1,
@@ -150,6 +150,8 @@ class PolicyGradient:
             )
         if kl_in == "reward" and advantage in ("gdpo", "decoupled"):
             raise UserError(f"algorithm.kl_in is reward, but advantage '{advantage}' has no single reward: use loss")
+        if replay is not None and (advantage in PER_DECISION or whiten):
+            raise UserError(f"algorithm.replay keeps one advantage a sample, which '{advantage}' here has not")
         self.group_size = group_size
         self.objective = Objective(
             objective,
@@ -165,30 +167,39 @@ class PolicyGradient:
         self.block_rows = block_rows or group_size
         self.max_decisions = max_decisions
         self.mask_truncated = mask_truncated
-        self.credit = Credit(advantage, advantage_clip, whiten, gamma, lam, soft_advantage)
-        self.value = value if advantage == "gae" else None
+        self.credit = Credit(advantage, advantage_clip, whiten, gamma, lam, soft_advantage, advantage_scale)
         self.kl_coef = kl_coef
         self.kl = kl
-        self.kl_gradient = kl_gradient
-        self.kl_ratio_weight = kl_ratio_weight
         self.kl_in_loss = kl_coef > 0 and kl_in == "loss"
         self.kl_in_reward = kl_coef > 0 and kl_in == "reward"
         self.entropy = EntropyBonus(entropy_coef, entropy_target)
+        self.value = value if advantage == "gae" else None
+        self.terms = PolicyLoss(
+            self.objective,
+            kl_coef if self.kl_in_loss else 0.0,
+            kl,
+            kl_gradient,
+            kl_ratio_weight,
+            self.entropy,
+            self.value,
+        )
         self.top_entropy = top_entropy
         self.importance = importance
-        self.dynamic_sampling = dynamic_sampling
+        # In this order: first groups are mended, then what still teaches nothing is replaced, then scores change.
+        self.hooks = [hook for hook in (hints, ground_truth, dynamic_sampling, consistency) if hook is not None]
+        self.record = PromptRecord(prompt_choice) if prompt_choice is not None else None
+        self.buffer = ReplayBuffer(replay) if replay is not None else None
         self.drop_silent = drop_silent
         self.epochs = epochs
         self.minibatches = minibatches
         self.needs_reference = kl_coef > 0
-        self.needs_means = objective in NEED_MEANS
         self.needs_entropy = self.entropy.used or top_entropy < 1
-        gaussian = self.needs_means or (self.kl_in_loss and kl in ("exact", "exact_dt"))
         needed = {
-            "means": gaussian,
+            "means": self.objective.needs_means or (self.kl_in_loss and kl in ("exact", "exact_dt")),
             "entropy": self.needs_entropy,
             "values": self.value is not None,
             "generate": advantage == "remax",
+            "given": any(getattr(hook, "verbs", None) for hook in self.hooks) or replay is not None,
         }
         self.verbs = frozenset({"rollout", "decisions", *(verb for verb, needs in needed.items() if needs)})
 
@@ -214,22 +225,34 @@ class PolicyGradient:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep."""
-        return self.entropy.state()
+        parts = {"entropy": self.entropy, "prompts": self.record, "replay": self.buffer}
+        found = {name: part.state() for name, part in parts.items() if part is not None}
+        return {name: state for name, state in found.items() if state}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.entropy.load_state(dict(state))
+        parts = {"entropy": self.entropy, "prompts": self.record, "replay": self.buffer}
+        for name, found in state.items():
+            if parts.get(name) is not None:
+                parts[name].load_state(found)
 
     def collect(self, context: Context, prompts: Sequence[Prompt], step: int) -> Experience:
         if missing := sorted(self.verbs - context.policy.verbs):
             raise UserError(f"the algorithm needs a policy that offers {', '.join(missing)}{_HOW.get(missing[0], '')}")
-        context.policy.keep_mean = self.needs_means
+        context.policy.keep_mean = self.objective.needs_means
         if self.needs_entropy:
             context.policy.keep_entropy = True
+        if self.record is not None:
+            prompts = self.record.choose(context, prompts, step)
         rollout = roll_out(context, prompts, self.group_size, step)
         batch = Batch(rollout, score(context, rollout, step))
-        if self.dynamic_sampling is not None:
-            batch = self.dynamic_sampling(context, batch, step)
-        return self._experience(context, batch, step)
+        if self.record is not None:
+            self.record.observe(batch)
+        for hook in self.hooks:
+            batch = hook(context, batch, step)
+        experience = self._experience(context, batch, step)
+        if self.buffer is not None:
+            experience = self.buffer(context, experience, batch.given, step)
+        return experience
 
     def _experience(self, context: Context, batch: Batch, step: int) -> Experience:
         """Share the scores out over decisions; forwards that this needs are run here, without gradient."""
@@ -254,7 +277,7 @@ class PolicyGradient:
         rollout, factor = self._factor(context, rollout, mask)
         return Experience(rollout, advantage, mask, factor, reference, returns)
 
-    def _factor(self, context: Context, rollout: Any, mask: Tensor) -> tuple[Any, Tensor | None]:
+    def _factor(self, context: Context, rollout: Rollout, mask: Tensor) -> tuple[Rollout, Tensor | None]:
         """What multiplies the policy term, and the rollout with the log-probs that ratios are to be taken against."""
         if self.importance is None and self.top_entropy == 1:
             return rollout, None
@@ -279,10 +302,11 @@ class PolicyGradient:
             part = parts[number % self.minibatches]
             mask = experience.mask[part]
             decisions = int(distributed.total(mask.sum().item()))
+            counted = mask.any(1) if self.mask_truncated == "exclude" else torch.ones(len(part))
             weight = losses.aggregation_weights(
                 mask,
                 self.aggregation,
-                rows=int(distributed.total(len(part))),
+                rows=max(int(distributed.total(counted.sum().item())), 1),
                 decisions=decisions,
                 max_decisions=limit or mask.shape[1],
                 block_rows=self.block_rows,
@@ -314,8 +338,8 @@ class PolicyGradient:
         for rows in row_chunks(len(experience), context.micro_batch_size):
             part = experience[rows]
             reference = ReferenceScores(part.rollout)
-            whole = self.objective.name in WHOLE_SAMPLE
-            chunks = [list(range(weight.shape[1]))] if whole else context.policy.decision_chunks(part.rollout)
+            everything = [list(range(weight.shape[1]))]
+            chunks = everything if self.objective.whole_samples else context.policy.decision_chunks(part.rollout)
             for columns in chunks:
                 yield MicroBatch(
                     part,
@@ -328,56 +352,4 @@ class PolicyGradient:
                 )
 
     def loss(self, context: Context, micro_batch: MicroBatch) -> Tensor:
-        batch, columns, rollout = micro_batch.experience, micro_batch.columns, micro_batch.experience.rollout
-        decisions = context.policy.decisions(rollout, columns)
-        device = decisions.logp.device
-        weight, token_weight = micro_batch.weight.to(device), micro_batch.token_weight.to(device)
-        mask, advantage = batch.mask[:, columns].to(device), batch.advantage[:, columns].to(device)
-        old_logp = rollout.logp[:, columns].to(device)
-        # What a policy returns where there was no decision must not matter, not even as infinity times 0.
-        decisions = replace(decisions, logp=torch.where(mask, decisions.logp, old_logp))
-
-        old_mean = rollout.mean[:, columns].to(device) if self.needs_means else None
-        centre = micro_batch.centre.to(device)
-        policy_loss, ratio = self.objective(decisions, old_logp, mask, advantage, old_mean, centre)
-        if batch.factor is not None:
-            policy_loss = policy_loss * batch.factor[:, columns].to(device)
-        loss = (weight * policy_loss).sum()
-        if self.kl_in_loss:
-            kl = self._reference_kl(context, micro_batch, decisions, mask)
-            loss = loss + self.kl_coef * (weight * (kl * ratio if self.kl_ratio_weight else kl)).sum()
-        else:
-            kl = losses.sampled_kl(old_logp, decisions.logp, "k3")
-        if decisions.entropy is not None:
-            if self.entropy.used:
-                loss = loss - self.entropy.coefficient * (token_weight * decisions.entropy).sum()
-                self.entropy.observe(decisions.entropy, mask)
-            context.tally.mean("entropy", decisions.entropy, mask.float())
-        if self.value is not None:
-            returns, old_value = batch.returns[:, columns].to(device), rollout.value[:, columns].to(device)
-            value_loss = self.value.loss(decisions, old_value, returns)
-            loss = loss + self.value.coef * (token_weight * value_loss).sum()
-            context.tally.mean("value/loss", value_loss, mask.float())
-
-        tally = context.tally
-        if micro_batch.first:
-            tally.max("ratio/max_abs_dev", (ratio - 1).abs())
-        low, high = self.objective.bounds(decisions.mean is not None)
-        tally.mean("ratio/clip_fraction", losses.clipped_fraction(ratio, advantage, low, high), mask.float())
-        tally.mean("kl", kl, weight)
-        tally.mean("loss", policy_loss, weight)
-        return loss
-
-    def _reference_kl(self, context: Context, micro_batch: MicroBatch, decisions: Decisions, mask: Tensor) -> Tensor:
-        kind = self.kl or ("exact" if decisions.mean is not None else "k3")
-        if kind in ("k1", "k2", "k3"):
-            known = micro_batch.experience.reference_logp
-            if known is not None:
-                reference = known[:, micro_batch.columns].to(decisions.logp.device)
-            else:
-                reference = micro_batch.reference.columns(context.policy, micro_batch.columns).logp
-            reference = torch.where(mask, reference, decisions.logp.detach())
-            return losses.sampled_kl(decisions.logp, reference, kind, self.kl_gradient)
-        found = micro_batch.reference.columns(context.policy, micro_batch.columns)
-        exact = losses.gaussian_kl(decisions.mean, found.mean, decisions.std)
-        return exact * decisions.dt if kind == "exact_dt" else exact
+        return self.terms(context, micro_batch)

@@ -28,12 +28,9 @@ class DynamicSampling:
 
     def __call__(self, context: Context, batch: Batch, step: int) -> Batch:
         """The batch with as many silent groups replaced as could be."""
-        silent = batch.silent()
+        missing, tried, whole = batch.silent(), 0, len(batch.silent())
         used = {prompt.id for prompt in batch.rollout.samples.prompts}
-        found: dict[int, Batch] = {}
-        tried = 0
         for attempt in range(1, self.max_tries + 1):
-            missing = [number for number in silent if number not in found]
             if not missing:
                 break
             prompts = context.prompts.extra(step, attempt, len(missing), used)
@@ -41,9 +38,10 @@ class DynamicSampling:
             tried += len(prompts)
             rollout = roll_out(context, prompts, batch.group_size, step, attempt)
             more = Batch(rollout, score(context, rollout, step, tally=False))
-            dull = more.silent()
-            good = [number for number in range(more.groups) if number not in dull]
-            found |= {place: more.group(number) for place, number in zip(missing, good, strict=False)}
+            good = sorted(set(range(more.groups)) - set(more.silent()))
+            places = [row for number in missing[: len(good)] for row in batch.rows_of(number)]
+            batch = batch.with_rows(places, more.take([row for number in good for row in more.rows_of(number)]))
+            missing = missing[len(good) :]
         context.tally.mean("groups/extra", torch.tensor(float(tried)))
-        context.tally.mean("groups/replaced", torch.tensor(float(len(found))))
-        return batch.replaced(found)
+        context.tally.mean("groups/replaced", torch.tensor(float(whole - len(missing))))
+        return batch
