@@ -1,6 +1,7 @@
 """Code that draws: what it may do, and how like the picture is."""
 
 import contextlib
+import functools
 import importlib.util
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import torch
 
 from mmrl.errors import UserError
 from mmrl.types import Prompt, Samples
-from rewards import load_reward
+from rewards import load_reward, render_child
 from rewards.render import drawing_code
 from rewards.render_likeness import beyond_blank, nearness, ssim
 from rewards.render_sandbox import Limits, Sandbox, isolation
@@ -109,6 +111,34 @@ def test_files_of_others_cannot_be_read(python, tmp_path):
         pytest.skip("this kernel has no Landlock")
 
 
+def test_the_kernel_confines_without_the_help_of_python(tmp_path):
+    """Landlock alone, with no hook: only the folder can be written, only what is named can be read."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    code = """
+import os, sys, runpy
+child = runpy.run_path(sys.argv[1])
+if not child["confine"](["/usr", "/lib", "/lib64", sys.prefix, sys.base_prefix]):
+    sys.exit(77)
+open("mine.txt", "w").write("x")
+os.mkdir("sub"), os.rename("mine.txt", "sub/mine.txt"), os.remove("sub/mine.txt")
+open(os.path.join(sys.base_prefix, "lib", os.path.basename(os.path.dirname(os.__file__)), "os.py")).read()
+for act in (lambda: open("../secret.txt"), lambda: open("../new.txt", "w"), lambda: os.remove("../secret.txt"),
+            lambda: os.mkdir("../new"), lambda: os.rename("../secret.txt", "here"), lambda: os.listdir("..")):
+    try:
+        act()
+    except PermissionError:
+        continue
+    sys.exit(1)
+"""
+    script = Path(render_child.__file__)
+    done = subprocess.run([sys.executable, "-P", "-c", code, script], cwd=tmp_path / "work", capture_output=True)
+    if done.returncode == 77:
+        pytest.skip("this kernel has no Landlock")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "secret.txt").read_text() == "secret"
+
+
 @pytest.mark.skipif(not isolation(), reason="no namespaces on this system")
 def test_processes_have_no_network():
     """By the kernel; what Python reports of itself forbids sockets before that."""
@@ -133,10 +163,12 @@ def test_time_is_limited():
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="64" height="32"><rect width="{w}" height="32" fill="red"/></svg>'
 
 
+# A reward starts a process, so equal ones are shared.
+reward = functools.cache(lambda **options: load_reward("render", workers=1, **options))
+
+
 def score(text, target, images=(), **options):
-    (found,) = load_reward("render", **options)(
-        Samples([Prompt("draw", id="r:1", target=target, images=images)], texts=[text])
-    )
+    (found,) = reward(**options)(Samples([Prompt("draw", id="r:1", target=target, images=images)], texts=[text]))
     return found
 
 
@@ -176,10 +208,9 @@ def test_svg_reads_no_files(tmp_path):
 def test_chart_to_code():
     pytest.importorskip("matplotlib")
     chart = "import matplotlib.pyplot as plt\nplt.figure(figsize=(2, 2))\nplt.bar(['a', 'b'], [1, {height}])"
-    reward = load_reward("render", language="matplotlib", seconds=60, workers=1)
     prompt = Prompt("draw", id="r:1", target=chart.format(height=2))
     texts = [f"```python\n{chart.format(height=height)}\n```" for height in (2, 4, 2)] + ["no code at all", ""]
-    exact, near, again, *none = reward(Samples([prompt] * 5, texts=texts))
+    exact, near, again, *none = reward(language="matplotlib", seconds=60)(Samples([prompt] * 5, texts=texts))
     assert exact == again == pytest.approx(1)
     assert 0 < near < 0.99
     assert none == [0, 0]
