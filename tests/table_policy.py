@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ class TablePolicy:
     def rollout(self, prompts, group_size, seed, step=0):
         tokens, rows = [], [prompt for prompt in prompts for _ in range(group_size)]
         for number, place in enumerate(self._places(rows).tolist()):
-            key = rows[number].id, number // group_size, number % group_size
+            key = rows[number].id, number % group_size
             draw = (
                 torch.multinomial(self.logits.detach()[place].softmax(-1), 1, generator=generator(seed, "sample", *key))
                 .flatten()
@@ -249,3 +250,16 @@ def resumes_bit_exactly(folder: Path, algorithm: dict[str, Any], **changes: Any)
     ends = [json.loads((path / "state.json").read_text())["training"]["algorithm"] for path in last]
     assert ends[0] == ends[1]
     return json.loads((first / "state.json").read_text())["training"]["algorithm"]
+
+
+def train_all(folder: str) -> None:
+    """Train every config file of a folder; what a launcher of several processes runs."""
+    from mmrl import run
+    from mmrl.config import load_config
+
+    for path in sorted(Path(folder).glob("*.yaml")):
+        run.train(load_config(path))
+
+
+if __name__ == "__main__":
+    train_all(sys.argv[1])

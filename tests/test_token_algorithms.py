@@ -1,8 +1,24 @@
 """Every policy-gradient algorithm on a real, tiny categorical policy: it learns, and its gradient is well defined."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from table_policy import TablePolicy, exact, lines, resumes_bit_exactly, table_config, table_context, take_step, train
+from safetensors.torch import load_file
+from table_policy import (
+    HERE,
+    TablePolicy,
+    exact,
+    lines,
+    resumes_bit_exactly,
+    table_config,
+    table_context,
+    take_step,
+    train,
+)
+from tiny_run import write_config
 
 from mmrl.algorithms.experience import replay
 from mmrl.components import algorithm_component, build_algorithm
@@ -208,3 +224,40 @@ def test_rollouts_of_unequal_length_join():
     joined = type(parts[0]).cat(parts)
     assert joined.mask.sum(1).tolist() == [2, 2, 2, 2, 4, 1, 2, 2]
     assert torch.equal(policy.decisions(joined).logp, joined.logp)
+
+
+PROCESSES = {
+    "dapo": {"group_size": 4},
+    "reinforce_plus_plus": {"group_size": 4, "kl_coef": 0.1},
+    "ppo": {"group_size": 4},
+    "opo": {"group_size": 4},
+    "grpo": {"group_size": 4, "top_entropy": 0.4, "entropy_target": {"target": 1.0}, "prompt_choice": {}, "replay": {}},
+}
+
+
+def test_gradient_does_not_depend_on_the_number_of_processes(tmp_path):
+    """Two processes with half of the prompts each take the steps that one takes with all of them."""
+    for name, options in PROCESSES.items():
+        # With a second step, draws of prompts and of replayed samples would differ: each process makes its own.
+        sgd = {"steps": 1, "lr": 1.0, "optimizer": "SGD", "max_grad_norm": None, "optimizer_options": {}}
+        config = table_config(
+            tmp_path / "alone" / name, {"type": name, **options}, trainer=sgd, data={"shuffle": False}
+        )
+        config["pipeline"] |= {"spread": 1.0}
+        train(config)
+        write_config(tmp_path / f"{name}.yaml", config | {"run_dir": str(tmp_path / "together" / name)})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
+    done = subprocess.run(
+        [*command, str(HERE), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in PROCESSES:
+        one, two = (
+            load_file(tmp_path / place / name / "checkpoints/step-000001/policy.safetensors")
+            for place in ("alone", "together")
+        )
+        assert all((one[key] - two[key]).abs().max() < 1e-6 for key in one), name
+        for line, other in zip(lines(tmp_path / "alone" / name), lines(tmp_path / "together" / name), strict=True):
+            for key in ("reward/mean", "loss", "entropy", "ratio/clip_fraction"):
+                assert line.get(key) == pytest.approx(other.get(key), abs=1e-6), (name, key)
