@@ -41,6 +41,16 @@ class _Failed(Exception):
         self.passing = passing
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A server that sends its clients elsewhere would have the key sent there too."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_opener = urllib.request.build_opener(_NoRedirects)
+
+
 class Remote:
     """The scores of a server, see :mod:`rewards.remote`.
 
@@ -53,7 +63,7 @@ class Remote:
         retries: further tries after a timeout, no connection, or status 408, 425, 429 or 5xx.
         backoff: seconds before the first of them; doubles with each.
         on_failure: what to do about samples for which no scores came: ``stop`` the run, or ``skip`` them, which makes
-            them None, "does not apply". What the server refuses (status 4xx) stops in any case.
+            them None, "does not apply". What the server refuses (status 3xx and 4xx) stops in any case.
 
     Attributes:
         counts: ``requests`` sent, ``retries`` among them and ``failed`` samples, over all calls.
@@ -122,7 +132,7 @@ class Remote:
     def _request(self, body: bytes, count: int) -> list[float | None]:
         request = urllib.request.Request(self.url, body, self._headers, method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with _opener.open(request, timeout=self.timeout) as response:
                 answer = json.loads(response.read())
         except urllib.error.HTTPError as error:
             with error:

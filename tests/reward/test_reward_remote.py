@@ -214,6 +214,13 @@ def test_a_broken_answer_stops():
             remote(server.url, retries=1)(pictures(2))
 
 
+def test_a_key_is_not_sent_elsewhere():
+    with served(load_reward("pixels")) as other:
+        moved = (302, {"Location": f"{other}/score"}, {})
+        with chat_server(lambda: moved, chat=False) as server, pytest.raises(RewardError, match="status 302"):
+            remote(server.url, key_env="REWARD_KEY", on_failure="skip")(pictures(2))
+
+
 def test_the_command_listens_on_this_machine_alone():
     process = subprocess.Popen(
         [sys.executable, "-m", "rewards.remote", "pixels", "measure=brightness", "--port", "0"],
