@@ -21,9 +21,9 @@ PICTURE = "picture.png"
 # Linux's Landlock (man 7 landlock): system calls, rights by version of the interface, and flags.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 NO_NEW_PRIVILEGES = 38
-EXECUTE, READ_FILE, READ_DIR = 1 << 0, 1 << 2, 1 << 3
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
-ONLY_FOR_FILES = EXECUTE | READ_FILE | 1 << 1 | 1 << 14 | 1 << 15
+ONLY_FOR_FILES = EXECUTE | WRITE_FILE | READ_FILE | 1 << 14 | 1 << 15
 NET_RIGHTS = 0b11
 SCOPES = 0b11
 
@@ -58,7 +58,8 @@ def confine(readable: list[str]) -> bool:
     ruleset = libc.syscall(CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0))
     if ruleset < 0:
         return False
-    rules = [(path, EXECUTE | READ_FILE | READ_DIR) for path in readable] + [(".", files & ~EXECUTE)]
+    rules = [(path, EXECUTE | READ_FILE | READ_DIR) for path in readable]
+    rules += [(".", files & ~EXECUTE), (os.devnull, READ_FILE | WRITE_FILE)]
     for path, rights in rules:
         if not os.path.exists(path):
             continue

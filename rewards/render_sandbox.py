@@ -84,16 +84,18 @@ class Painter:
     def __init__(self, language: Language, paths: Sequence[str], cache: str):
         self.language, self.paths, self.cache = language, list(paths), cache
         self.process: subprocess.Popen | None = None
+        self.end = lambda: None
 
     def draw(self, job: dict) -> None:
-        """Have one job done; returns at once if it ended the process."""
-        if self.process is None or self.process.poll() is not None:
-            self._start()
-        try:
-            self._say(job)
-        except BrokenPipeError:
-            return
-        self.process.stdout.readline()
+        """Have one job done; one that ended the process, or met its end, gets a second process and no third."""
+        for _ in range(2):
+            if self.process is None or self.process.poll() is not None:
+                self._start()
+            with contextlib.suppress(BrokenPipeError):
+                self._say(job)
+                if self.process.stdout.readline() == "done\n":
+                    return
+            self.end()
 
     def _say(self, message: dict) -> None:
         self.process.stdin.write(json.dumps(message) + "\n")
@@ -112,7 +114,7 @@ class Painter:
             text=True,
             start_new_session=True,
         )
-        weakref.finalize(self, _end, self.process)
+        self.end = weakref.finalize(self, _end, self.process)
         self._say({"language": self.language, "paths": self.paths})
         if self.process.stdout.readline() != "ready\n":
             raise UserError(f"drawing {self.language} does not work on this machine: its libraries could not be loaded")
@@ -151,7 +153,7 @@ class Sandbox:
             )
         if os.name != "posix":
             raise UserError(
-                f"drawing {language} from a model's code needs Linux or macOS to limit what the code can do"
+                f"drawing {language} from a model's code needs a POSIX system to limit what the code can do"
             )
         if limits.confine == "required" and not isolation():
             raise UserError(

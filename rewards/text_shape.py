@@ -30,7 +30,9 @@ class Format(TextReward):
 
     name = "format"
 
-    def __init__(self, tags: Annotated[list[str], Field(min_length=1)] = ["think", "answer"], graded: bool = False):  # noqa: B006
+    def __init__(self, tags: tuple[str, ...] = ("think", "answer"), graded: bool = False):
+        if not tags:
+            raise UserError("reward 'format': tags is empty, name at least one")
         for tag in tags:
             if not tag or set(tag) & set("<>/ \n"):
                 raise UserError(f"reward 'format': the tag {tag!r} should be a name without brackets")

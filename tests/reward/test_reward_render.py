@@ -193,6 +193,28 @@ def test_svg(tmp_path):
     assert score(answer, truth, language="svg", similarity=f"{path}:red") == pytest.approx(1)
 
 
+def test_a_process_that_ended_is_replaced(python):
+    (painter,) = [python.free.get()]
+    painter.process.kill()
+    painter.process.wait()
+    python.free.put(painter)
+    assert run(python, "open('/dev/null', 'w').write('x')") is not None
+
+
+def test_confinement_can_be_required():
+    pytest.importorskip("resvg_py")
+    if not isolation():
+        with pytest.raises(UserError, match="confine is 'required'"):
+            Sandbox("svg", Limits(confine="required"))
+        return
+    sandbox = Sandbox("svg", Limits(workers=1, confine="required"))
+    try:
+        (picture,) = sandbox.draw([SVG.format(w=8)])
+    except UserError:
+        pytest.skip("this kernel has no Landlock")
+    assert picture.size == (512, 256)
+
+
 def test_svg_reads_no_files(tmp_path):
     pytest.importorskip("resvg_py")
     from PIL import Image

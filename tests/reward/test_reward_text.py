@@ -46,6 +46,8 @@ def test_format_with_other_tags():
     assert score("format", "<box>1</box>", tags=["box"]) == 1
     with pytest.raises(UserError, match="should be a name without brackets"):
         load_reward("format", tags=["<think>"])
+    with pytest.raises(UserError, match="tags is empty"):
+        load_reward("format", tags=[])
 
 
 def test_json_schema():
