@@ -22,7 +22,12 @@ NO_TEXT_ONLY = frozenset({"paligemma"})
 # PaliGemma has no turns; the Llama tokenizer puts a space in front of text that stands alone; LLaVA-OneVision cuts a
 # picture into tiles if no other comes with it, and what comes in other turns is not known yet.
 NO_DIALOGUE = frozenset({"paligemma", "llava", "llava_next", "pixtral", "mistral3", "llava_onevision"})
-TAKES_VIDEO = frozenset({"qwen2_5_vl", "qwen2_vl", "qwen3_vl", "glm4v", "smolvlm", "llava_onevision", "internvl"})
+TAKES_VIDEO = frozenset(
+    {"qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v", "smolvlm", "llava_onevision", "internvl"}
+)
+# Linear attention sums in float32, whatever the weights, in chunks whose borders move with the padding; with all of
+# its sums in float64 the effect of padding is 4e-14.
+LINEAR_ATTENTION = frozenset({"qwen3_5"})
 PICTURES_OR_VIDEO = frozenset({"glm4v", "smolvlm"})
 
 
@@ -135,9 +140,10 @@ def test_shared_prompts_give_log_probs_and_gradients_of_the_plain_forward(family
         length = int(rollout.samples.lengths[k])
         plain.append(plain_logps(policy, prompt, rollout.trace.tokens[k, :length]))
         expected[k, :length] = plain[-1].detach()
-    assert (found - expected).abs().max() < 1e-5
+    exact = 3e-5 if family in LINEAR_ATTENTION else 1e-5
+    assert (found - expected).abs().max() < exact
     # What sampling recorded is what training computes.
-    assert (rollout.logp - found.detach()).abs().max() < 1e-5
+    assert (rollout.logp - found.detach()).abs().max() < exact
 
     weight = weights(rollout)
     ours = gradients(policy, (weight * found).sum())
@@ -152,10 +158,11 @@ def test_padding_changes_nothing(family):
     model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, *range(300, 400)]
     policy = VLMPolicy(model.double(), processor, max_new_tokens=8, temperature=0.8, batch_size=16)
     rollout = policy.rollout(rows(family), group_size=2, seed=2)
+    exact = 2e-4 if family in LINEAR_ATTENTION else 1e-6
     with torch.no_grad():
         together = policy.decisions(rollout).logp
         for k in range(len(rollout)):
-            assert (policy.decisions(rollout[[k]]).logp[0] - together[k]).abs().max() < 1e-6
+            assert (policy.decisions(rollout[[k]]).logp[0] - together[k]).abs().max() < exact
 
 
 @pytest.mark.parametrize("family", VLM_FAMILIES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from zoo.vlms import gemma, idefics, llama, llava, qwen
+from zoo.vlms import gemma, idefics, linear, llama, llava, qwen
 
 __all__ = ["VLM_FAMILIES", "build_vlm"]
 
@@ -17,6 +17,7 @@ BUILDERS: dict[str, Callable[[int], tuple[Any, Any]]] = {
     "qwen2_5_vl": qwen.qwen2_5_vl,
     "qwen2_vl": qwen.qwen2_vl,
     "qwen3_vl": qwen.qwen3_vl,
+    "qwen3_5": linear.qwen3_5,
     "glm4v": qwen.glm4v,
     "idefics3": idefics.idefics3,
     "smolvlm": idefics.smolvlm,
