@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +13,20 @@ from zoo.vlms import build_vlm
 
 from mmrl.algorithms.base import Context
 from mmrl.algorithms.policy_gradient import PolicyGradient
+from mmrl.config import load_config
 from mmrl.dialogue import CallError, Observation, Situation, calls, errors, said, turn_numbers
 from mmrl.errors import UserError
 from mmrl.scoring import Scorer
 from mmrl.tally import Clock, Tally
 from mmrl.types import Prompt, Samples
+from mmrl.world import details
+from mmrl.world.scenes import COLOURS
 from pipelines import VLMPolicy
 from pipelines.tools import build_tools
 from pipelines.tools.toolbox import Toolbox
 from rewards import load_reward
+
+ROOT = Path(__file__).parents[2]
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:
@@ -556,3 +562,28 @@ def test_tools_are_described_where_the_template_wants_them():
 def test_a_processor_that_takes_no_text_alone_is_refused():
     with pytest.raises(UserError, match="refuses"):
         VLMPolicy(*build_vlm("paligemma"), tools=[{"type": "rotate"}])
+
+
+def test_drawn_questions_need_a_closer_look():
+    asked, told = next(details.rows(1, split="eval")), next(details.dialogues(1, seed=1))
+    assert asked["target"] in ("circle", "square", "triangle", "cross")
+    assert asked["images"][0].size == (details.LARGE, details.LARGE)
+    (tool,) = build_tools([{"type": "crop_zoom", "name": details.TOOL, "min_side": 1}])
+    whole, crop = told["images"]
+    desk = Situation(Prompt("a", "r"), [whole], [(64, 64)])
+    answer = Toolbox([tool]).step(told["messages"][1]["content"], desk)
+    assert answer.images[0].tobytes() == crop.tobytes()
+    assert crop.size == (32, 32)
+    # The shape asked about is what the crop shows.
+    colour = details.scatter(np.random.default_rng([1, 6, False]), "train").objects[0].colour
+    assert colour in told["messages"][0]["content"][1]["text"]
+    pixels = np.asarray(crop).reshape(-1, 3) / 255
+    assert (np.abs(pixels - COLOURS[colour]).max(1) < 0.15).sum() > 20
+
+
+@pytest.mark.parametrize("config", ["quickstart/vlm_tools.yaml", "vlm/crop_zoom.yaml"])
+def test_recipes_are_valid(config, monkeypatch):
+    monkeypatch.setattr("pipelines.vlm.loading.resolve", lambda model: model)
+    loaded = load_config(ROOT / "configs" / config)
+    assert loaded.pipeline.options["tools"]
+    assert loaded.pipeline.keywords()["max_turns"] > 1
