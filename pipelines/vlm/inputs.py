@@ -85,6 +85,7 @@ class Reader:
         self._image_id = getattr(model.config, "image_token_id", None)
         self._video_id = getattr(model.config, "video_token_id", None)
         self._rope_index = getattr(model.base_model, "get_rope_index", None)
+        self._rope_inputs = frozenset(inspect.signature(self._rope_index).parameters if self._rope_index else ())
         self._has_template = any(getattr(p, "chat_template", None) for p in (processor, self.tokenizer))
 
     def read(self, prompts: Sequence[Prompt]) -> list[Processed]:
@@ -198,9 +199,10 @@ class Reader:
         """Positions ``[3 or 1, P]`` of the tokens, and how far the next one is from P."""
         if self._rope_index is None:
             return torch.arange(len(ids))[None], 0
-        accepted = inspect.signature(self._rope_index).parameters
-        known = join_tensors([m.tensors for m in media]) | {key: value[None] for key, value in types.items()}
-        known = {key: value for key, value in known.items() if key in accepted}
+        accepted = self._rope_inputs
+        # Pixels are left out before joining, which copies.
+        known = join_tensors([{key: value for key, value in m.tensors.items() if key in accepted} for m in media])
+        known |= {key: value[None] for key, value in types.items() if key in accepted}
         if "mm_token_type_ids" in accepted and "mm_token_type_ids" not in known:
             known["mm_token_type_ids"] = torch.zeros_like(ids)[None]
         positions, delta = self._rope_index(input_ids=ids[None], **known)

@@ -63,7 +63,9 @@ def open_picture(value: Any, row: str) -> Any:
                 raise UserError(f"row '{row}': there is no picture '{value}'")
             value = path
         with Image.open(value) as picture:
-            return _rgb(ImageOps.exif_transpose(picture))
+            # This is a copy already, unlike the picture of a file that is closed.
+            upright = ImageOps.exif_transpose(picture)
+            return upright if upright.mode == "RGB" else upright.convert("RGB")
     except UnidentifiedImageError as error:
         raise UserError(f"row '{row}': '{_short(value)}' is not a picture") from error
     except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
