@@ -85,6 +85,14 @@ class GivenPolicy(Policy, Protocol):
     def completions(self, rollout: Rollout) -> list[list[int]]:
         """What each row said as token ids, from which :meth:`given` makes the same row again."""
 
+    def continued(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]], text: str, seeds: Sequence[int]
+    ) -> list[list[int]]:
+        """Completions without their end, ``text`` behind them, and what the policy says next by ``seeds[k]`` alone.
+
+        One that leaves no room within the length limit comes back as it was.
+        """
+
 
 class Parameters:
     """The trainable tensors of a policy, with named copies that can stand in for them.

@@ -109,6 +109,18 @@ class TablePolicy:
         lengths = rollout.mask.sum(1).tolist()
         return [row[:n] for row, n in zip(rollout.trace.tokens.tolist(), lengths, strict=True)]
 
+    def continued(self, prompts, completions, text, seeds):
+        out = []
+        for prompt, ids, seed in zip(prompts, completions, seeds, strict=True):
+            begun = [token for token in ids if token != END] + [int(word) for word in text.split()]
+            if len(begun) >= self.max_decisions:
+                out.append(list(ids))
+                continue
+            table = self.logits.detach()[self._places([prompt])[0], len(begun) :]
+            drawn = torch.multinomial(table.softmax(-1), 1, generator=generator(seed)).flatten().tolist()
+            out.append(begun + (drawn[: drawn.index(END) + 1] if END in drawn else drawn))
+        return out
+
     def decode(self, tokens, lengths):
         rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
         return [" ".join(str(token) for token in row[:n] if token != END) for row, n in rows]

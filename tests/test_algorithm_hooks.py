@@ -3,7 +3,7 @@
 import pytest
 import torch
 from table_policy import HERE, TablePolicy, exact, lines, resumes_bit_exactly, table_config, table_context, take_step
-from tiny_run import save_pipeline, tiny_config
+from tiny_run import tiny_config
 
 from mmrl import Prompt
 from mmrl.algorithms.experience import Batch
@@ -12,6 +12,7 @@ from mmrl.algorithms.hooks.hints import Hints
 from mmrl.algorithms.hooks.injection import GroundTruth
 from mmrl.algorithms.hooks.prompt_choice import PromptChoice, PromptRecord
 from mmrl.algorithms.hooks.replay import Replay
+from mmrl.algorithms.hooks.rethinking import Rethinking
 from mmrl.algorithms.policy_gradient import PolicyGradient
 from mmrl.algorithms.regularisers import Importance
 from mmrl.config import parse_config
@@ -144,6 +145,27 @@ def test_consistency_adds_to_right_answers_that_are_likely_under_the_slow_policy
     assert torch.allclose(policy.parameters.snapshots["slow"]["logits"], slow + 0.005, atol=1e-5)
 
 
+def test_rethinking_keeps_what_became_better():
+    """Answers end at once; going on after the trigger says the right word."""
+    policy = TablePolicy()
+    policy.logits.data[:, 0, 0] = 50.0
+    policy.logits.data[:, 2:, 1:5] = 50.0 * torch.eye(4)[:, None]
+    context = table_context(policy)
+    before = batch_of(context)
+    assert before.rollout.samples.texts == [""] * 16
+    after = Rethinking(share=0.5, trigger="5 5")(context, before, 0)
+    changed = after.given.nonzero().flatten().tolist()
+    assert len(changed) == 8
+    for row in changed:
+        word = row // 4 + 1
+        assert after.rollout.samples.texts[row] == f"5 5 {word} {word} {word}"
+        assert after.scores.total[row] == pytest.approx(0.6)
+    assert torch.equal(policy.decisions(after.rollout).logp, after.rollout.logp)
+    # A trigger that changes nothing for the better is thrown away again.
+    policy.logits.data[:, 2:, 1:5] = -50.0
+    assert not Rethinking(share=1.0, trigger="5 5")(context, before, 0).given.any()
+
+
 def test_prompts_are_drawn_by_variance():
     record = PromptRecord(PromptChoice(share=1.0, unseen=0.0, memory=0.0))
     context = table_context(TablePolicy(prompts=12, words=14), prompts=12)
@@ -208,6 +230,7 @@ HOOKS = {
         "replay": {},
         "prompt_choice": {},
         "dynamic_sampling": {"max_tries": 2},
+        "rethinking": {"trigger": "3", "keep": "always"},
         "ground_truth": {"when": "all_fail"},
         "soft_advantage": [1.0, 0.5],
         "importance": {"mode": "mask"},
@@ -275,6 +298,6 @@ def test_wrong_options_are_refused(tmp_path, algorithm, message):
 
 
 def test_diffusion_cannot_be_given_completions(tmp_path):
-    config = tiny_config(save_pipeline(tmp_path / "sd3"), tmp_path / "run", algorithm={"type": "grpo", "replay": {}})
+    config = tiny_config("builtin:sd3-shapes", tmp_path / "run", algorithm={"type": "grpo", "replay": {}})
     with pytest.raises(UserError, match="needs a policy that offers given"):
         parse_config(config)

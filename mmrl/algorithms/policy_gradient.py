@@ -27,6 +27,7 @@ from mmrl.algorithms.hooks.hints import Hints
 from mmrl.algorithms.hooks.injection import GroundTruth
 from mmrl.algorithms.hooks.prompt_choice import PromptChoice, PromptRecord
 from mmrl.algorithms.hooks.replay import Replay, ReplayBuffer
+from mmrl.algorithms.hooks.rethinking import Rethinking
 from mmrl.algorithms.objectives import Objective, ObjectiveName, default_clip_range
 from mmrl.algorithms.policy_loss import KLName, MicroBatch, PolicyLoss
 from mmrl.algorithms.regularisers import EntropyBonus, EntropyTarget, Importance, ValueHead, top_entropy_mask
@@ -87,6 +88,7 @@ class PolicyGradient:
         top_entropy: share of decisions, those of the highest entropy at rollout, that the policy term learns from.
         importance: correct for members that another policy sampled.
         dynamic_sampling: replace groups whose scores are all equal by those of further prompts (DAPO).
+        rethinking: let some answers go on after a trigger (VL-Rethinker).
         ground_truth: put the given answer into groups (ViSurf, TempSamp-R1).
         hints: roll groups that all failed out again with a hint (Guide).
         consistency: bonus for answers that a slow reference finds likely after their reasoning (GRPO-CARE).
@@ -134,6 +136,7 @@ class PolicyGradient:
         top_entropy: Annotated[float, Field(gt=0, le=1)] = 1.0,
         importance: Importance | None = None,
         dynamic_sampling: DynamicSampling | None = None,
+        rethinking: Rethinking | None = None,
         ground_truth: GroundTruth | None = None,
         hints: Hints | None = None,
         consistency: Consistency | None = None,
@@ -186,7 +189,8 @@ class PolicyGradient:
         self.top_entropy = top_entropy
         self.importance = importance
         # In this order: first groups are mended, then what still teaches nothing is replaced, then scores change.
-        self.hooks = [hook for hook in (hints, ground_truth, dynamic_sampling, consistency) if hook is not None]
+        hooks = (rethinking, hints, ground_truth, dynamic_sampling, consistency)
+        self.hooks = [hook for hook in hooks if hook is not None]
         self.record = PromptRecord(prompt_choice) if prompt_choice is not None else None
         self.buffer = ReplayBuffer(replay) if replay is not None else None
         self.drop_silent = drop_silent

@@ -186,6 +186,12 @@ class VLMPolicy:
         """Token ids of each row; see :func:`pipelines.vlm.given.completions`."""
         return given.completions(rollout)
 
+    def continued(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]], text: str, seeds: Sequence[int]
+    ) -> list[list[int]]:
+        """Let completions go on after ``text``; see :func:`pipelines.vlm.given.continued`."""
+        return given.continued(self, prompts, completions, text, seeds)
+
     @property
     def has_frozen_base(self) -> bool:
         """The start is at hand without a copy, by switching adapters off."""

@@ -81,6 +81,7 @@ OPTIONS = {
     "hints": {"hints": {"failing": 1.0}, "importance": {}},
     "consistency": {"consistency": {"marker": "a", "right": 0.0}},
     "replay": {"replay": {}},
+    "rethinking": {"rethinking": {"trigger": " a", "keep": "always", "share": 1.0}},
 }
 
 

@@ -53,3 +53,18 @@ def test_rows_of_unequal_length_join_and_replay(policy, prompts):
     with torch.no_grad():
         found = policy.decisions(joined)
     assert (found.logp - joined.logp).abs().max() < 1e-5
+
+
+def test_continued_answers_are_those_of_the_sampler(policy, prompts):
+    """Going on from nothing with the same random numbers is a rollout; a beginning stays what it was."""
+    answers = policy.continued(prompts, [[], []], "", [1, 2])
+    again = policy.continued(prompts, [ids[:3] for ids in answers], "", [1, 2])
+    assert [ids[:3] for ids in again] == [ids[:3] for ids in answers]
+    end = policy.answers.end_id()
+    word = policy.reader.answer_ids("red").tolist()
+    full = (word * 8)[:8]
+    triggered = policy.continued(prompts, [[*word[:2], end], full], " a", [3, 4])
+    assert triggered[0][: len(word[:2])] == word[:2]
+    assert end not in triggered[0][:-1]
+    assert len(triggered[0]) <= 8
+    assert triggered[1] == full, "no room is left"
