@@ -44,7 +44,9 @@ def step_cost(config: Config, stage: StageConfig) -> dict[str, Any]:
             rows = stage.data.batch_size * 2 * (algorithm.group_size // 2 if ranked else 1)
         cost["update forwards"] = rows * each["fit"] * passes * getattr(algorithm, "noise_draws", 1)
         cost["reference forwards"] = cost["update forwards"] * references
-    if "generate" in algorithm.verbs:
+    if {"generate", "rollout"} <= algorithm.verbs:
+        cost["baseline forwards"] = stage.data.batch_size * each["generate"]
+    elif "generate" in algorithm.verbs:
         cost["sampling forwards"] = samples * each["generate"]
         cost["of these with gradient"] = samples * min(getattr(algorithm, "grad_steps", 0), each["generate"])
     cost["optimiser steps"] = passes * getattr(algorithm, "minibatches", 1)

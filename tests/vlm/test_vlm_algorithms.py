@@ -90,3 +90,36 @@ def test_options_and_hooks_take_a_step(policy, name):
     found, norm = step(policy, {"type": "grpo", "group_size": 3, **OPTIONS[name]})
     assert norm > 0
     assert found["ratio/max_abs_dev"] < 1e-4
+
+
+def test_offline_pairs_run_each_prompt_once(policy):
+    """Both answers share the prompt's picture and its run, under the policy and under the reference."""
+    rows = [
+        Prompt("what colour is it?", images=[Image.new("RGB", (56, 56), "red")], metadata=pair("red", "blue")),
+        Prompt("count", metadata=pair([{"role": "assistant", "content": "one two"}], "two one")),
+    ]
+    context = context_of(policy)
+    policy.parameters.take_snapshot("reference")
+    options = {"type": "dpo", "source": "offline", "loss": {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}}
+    algorithm = build_algorithm(algorithm_component(options, where="test", path="algorithm"))
+    before = policy.counters.copy()
+    pairs = algorithm.collect(context, rows, 0)
+    (update,) = algorithm.updates(context, pairs, 0)
+    loss = sum(algorithm.loss(context, micro_batch) for micro_batch in update.micro_batches)
+    done = policy.counters - before
+    assert done["images_processed"] == 1
+    assert done["prefill_rows"] == 4, "two prompts, under policy and reference"
+    loss.backward()
+    squares = sum(p.grad.square().sum().item() for p in policy.parameters if p.grad is not None)
+    for parameter in policy.parameters:
+        parameter.grad = None
+    assert squares > 0
+    # At the start sigmoid and bco_pair are log 2 and 2 log 2, and the rest is the mean NLL of the better answers.
+    with torch.no_grad():
+        better = policy.fit(pairs.winners) / pairs.winners.mask.sum(1)
+    expected = (0.8 + 0.4) * torch.tensor(2.0).log() + better.mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def pair(chosen, rejected):
+    return {"chosen": chosen, "rejected": rejected}
