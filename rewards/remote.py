@@ -59,7 +59,7 @@ class Remote:
         key_env: environment variable with the key that the server asks for; the key itself is never in a config.
         batch_size: samples per request; all of a call when not given, as rewards that compare a group need it.
         concurrency: requests at a time.
-        timeout: seconds without a byte from the server after which a request has failed.
+        request_timeout: seconds without a byte from the server after which a request has failed.
         retries: further tries after a timeout, no connection, or status 408, 425, 429 or 5xx.
         backoff: seconds before the first of them; doubles with each.
         on_failure: what to do about samples for which no scores came: ``stop`` the run, or ``skip`` them, which makes
@@ -81,7 +81,7 @@ class Remote:
         key_env: str | None = None,
         batch_size: Annotated[int, Field(gt=0)] | None = None,
         concurrency: Annotated[int, Field(gt=0)] = 4,
-        timeout: Annotated[float, Field(gt=0)] = 300.0,
+        request_timeout: Annotated[float, Field(gt=0)] = 300.0,
         retries: Annotated[int, Field(ge=0)] = 3,
         backoff: Annotated[float, Field(ge=0)] = 1.0,
         on_failure: Literal["stop", "skip"] = "stop",
@@ -90,7 +90,7 @@ class Remote:
             raise UserError(f"reward 'remote': url is '{url}', but should begin with http:// or https://")
         self.url = url.rstrip("/") + "/score"
         self._headers = {"Content-Type": "application/json"} | _authorisation(key_env)
-        self.batch_size, self.concurrency, self.timeout = batch_size, concurrency, timeout
+        self.batch_size, self.concurrency, self.timeout = batch_size, concurrency, request_timeout
         self.retries, self.backoff, self.on_failure = retries, backoff, on_failure
         self.counts = {"requests": 0, "retries": 0, "failed": 0}
         self._counting = threading.Lock()

@@ -67,7 +67,7 @@ class JudgeApi:
             connection, status 408, 409, 429 or 5xx, or something that is no answer.
         backoff: seconds before the first new try after a failure; doubles with each. A Retry-After of up to a minute
             counts instead.
-        timeout: seconds for one request.
+        request_timeout: seconds for one request.
         concurrency: requests at a time.
         on_failure: what to do about a sample for which no answer came: ``stop`` the run, or ``skip`` it, which makes it
             None. A refused key or an unknown model (status 401, 403, 404) stops in any case.
@@ -99,7 +99,7 @@ class JudgeApi:
         pattern: str | None = None,
         retries: Annotated[int, Field(ge=0)] = 3,
         backoff: Annotated[float, Field(ge=0)] = 1.0,
-        timeout: Annotated[float, Field(gt=0)] = 60.0,
+        request_timeout: Annotated[float, Field(gt=0)] = 60.0,
         concurrency: Count = 8,
         on_failure: Literal["stop", "skip"] = "stop",
         temperature: Annotated[float, Field(gt=0)] = 0.7,
@@ -116,7 +116,7 @@ class JudgeApi:
                 for kind, text in YES_QUESTIONS.items()
             }
         check_pattern(pattern, where)
-        self.client, self._key = _client(base_url, api_key_env, timeout, where)
+        self.client, self._key = _client(base_url, api_key_env, request_timeout, where)
         self._read: Callable[[str], float | None] = (
             parse_yes_no if verdict == "yes_no" else lambda text: parse_score(text, *range, pattern)
         )

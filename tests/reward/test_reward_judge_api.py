@@ -105,12 +105,12 @@ def test_faults_pass_or_stop_or_skip(fault):
         return fault if attempt < 2 or "bad" in text else "8"
 
     with chat_server(reply) as server:
-        reward = judge(server, timeout=0.25, retries=2)
+        reward = judge(server, request_timeout=0.25, retries=2)
         assert reward(pictures("fine")) == [8]
         assert reward.counts == {"requests": 3, "retries": 2, "unparsable": 0, "failed": 0}
         with pytest.raises(RewardError, match=r"reward 'judge_api': no verdict on sample 1 \(prompt 'p:bad': bad\)"):
             reward(pictures("good", "bad"))
-        skipping = judge(server, timeout=0.25, retries=2, on_failure="skip")
+        skipping = judge(server, request_timeout=0.25, retries=2, on_failure="skip")
         samples = pictures("better", "bad", "best")
         found = Scorer([skipping])(samples)
     assert found.each["judge_api"].nan_to_num(-1).tolist() == [8, -1, 8]

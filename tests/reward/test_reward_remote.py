@@ -40,7 +40,7 @@ def served(reward, **options):
 
 
 def remote(url, **options):
-    return load_reward("remote", url=url, backoff=0, timeout=20, **options)
+    return load_reward("remote", url=url, backoff=0, request_timeout=20, **options)
 
 
 def pictures(count=4):
