@@ -21,14 +21,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import logging
 import os
 import statistics
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import trl_loop
@@ -54,6 +57,15 @@ ROWS = 32
 COUNTED = 1
 """The warm-up step whose work is counted."""
 
+PARTS = (
+    "rows and pictures",
+    "prompts",
+    "tokens one by one",
+    "update: forward",
+    "update: backward",
+    "everything else",
+)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -71,17 +83,17 @@ SETTINGS = {"A": Setting(2, 4, 224, 32, 1.7), "B": Setting(4, 8, 224, 64, 2.0), 
 
 @dataclass
 class Runs:
-    """Timed steps of a contestant: seconds on the wall and of CPU, and what the step says about itself."""
+    """Timed steps of a contestant: seconds on the wall and of CPU, CPU seconds of parts, and the work of a step."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
     work: dict[str, int] = field(default_factory=dict)
 
-    def add(self, lap: tuple[float, float], metrics: dict[str, float]) -> None:
+    def add(self, lap: tuple[float, float], parts: dict[str, float]) -> None:
         self.wall.append(lap[0])
         self.cpu.append(lap[1])
-        self.parts.append({key: value for key, value in metrics.items() if key.startswith("time/")})
+        self.parts.append(parts)
 
 
 class Stopwatch:
@@ -130,8 +142,36 @@ class Mine:
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step(self, number: int) -> dict[str, float]:
-        """One step of the trainer; its metrics."""
-        return self.trainer._step(self.stage, self.optimizer, self.scaler, number)
+        """One step of the trainer; the CPU seconds of its parts."""
+        policy, seconds = self.policy, dict.fromkeys(PARTS, 0.0)
+
+        def timed(function: Callable, part: str) -> Callable:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                start = time.process_time()
+                result = function(*args, **kwargs)
+                seconds[part] += time.process_time() - start
+                return result
+
+            return run
+
+        with contextlib.ExitStack() as stack:
+            for owner, name, part in (
+                (policy.reader, "read", "rows and pictures"),
+                (policy, "decoder", "tokens one by one"),
+                (policy, "rollout", "prompts"),
+                (self.algorithm, "loss", "update: forward"),
+                (torch.Tensor, "backward", "update: backward"),
+            ):
+                stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name), part)))
+            start = time.process_time()
+            self.trainer._step(self.stage, self.optimizer, self.scaler, number)
+            seconds["everything else"] = (
+                time.process_time()
+                - start
+                - sum(seconds[part] for part in ("prompts", "update: forward", "update: backward"))
+            )
+        seconds["prompts"] -= seconds["rows and pictures"] + seconds["tokens one by one"]
+        return seconds
 
 
 def reward(samples: Samples) -> list[float]:
@@ -183,10 +223,10 @@ def measure(setting: Setting, warmup: int, repeats: int, folder: Path) -> dict[s
             found["mmrl"].work = dict(work.counts)
             return
         clock.start()
-        metrics = mine.step(step)
+        parts = mine.step(step)
         if step >= warmup:
             found["TRL"].add(lap, {})
-            found["mmrl"].add(clock.stop(), metrics)
+            found["mmrl"].add(clock.stop(), parts)
 
     trl_loop.train(trainer, begin, end)
     return found
@@ -204,14 +244,15 @@ def show(setting: Setting, found: dict[str, Runs], console: Console) -> dict[str
         ratios[name] = cells
     kinds = ("min CPU", "median CPU", "min wall", "median wall")
     ratio = {kind: a / b for kind, a, b in zip(kinds, ratios["TRL"], ratios["mmrl"], strict=True)}
-    ratio["median of pairs, CPU"] = statistics.median(
-        a / b for a, b in zip(found["TRL"].cpu, found["mmrl"].cpu, strict=True)
-    )
+    pairs = [a / b for a, b in zip(found["TRL"].cpu, found["mmrl"].cpu, strict=True)]
+    ratio["median of pairs, CPU"] = statistics.median(pairs)
     table.add_row("[bold]TRL / mmrl", *(f"[bold]{ratio[kind]:.2f}" for kind in kinds))
     console.print(table)
-    parts = found["mmrl"].parts
-    shares = {key: statistics.median(part[key] for part in parts) for key in parts[0]}
-    console.print("mmrl's step on the wall, median: " + ", ".join(f"{k[5:]} {v:.4f}" for k, v in shares.items()))
+    parts = Table(title="mmrl's step, median CPU seconds")
+    for part in PARTS:
+        parts.add_column(part, justify="right")
+    parts.add_row(*(f"{statistics.median(run[part] for run in found['mmrl'].parts):.4f}" for part in PARTS))
+    console.print(parts)
     work = Table(title="work of a step")
     for name in ("", *found):
         work.add_column(name, justify="right" if name else "left")
@@ -219,7 +260,8 @@ def show(setting: Setting, found: dict[str, Runs], console: Console) -> dict[str
         work.add_row(kind, *(str(runs.work.get(kind, 0)) for runs in found.values()))
     console.print(work)
     console.print(
-        f"TRL / mmrl, CPU time, median of pairs: {ratio['median of pairs, CPU']:.2f} (at least {setting.target} asked)"
+        f"TRL / mmrl, CPU time, median of {len(pairs)} pairs of steps: {statistics.median(pairs):.2f} "
+        f"({min(pairs):.2f} to {max(pairs):.2f}; at least {setting.target} asked)"
     )
     return ratio
 
@@ -299,9 +341,12 @@ def main(
     import transformers
 
     transformers.logging.set_verbosity_error()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     console = Console(width=110)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "torch"))
+    console.print(f"{versions}; {os.cpu_count()} cores, one thread")
     summary = {}
     for name in setting or SETTINGS:
         if name not in SETTINGS:
