@@ -66,11 +66,11 @@ class PointInBox(Geometry):
         ]
 
 
-def closeness(gap: float, scale: float, falloff: Falloff) -> float:
-    """A distance as a mark in [0, 1]: ``exp(-d / scale)``, ``max(0, 1 - d / scale)``, or 1 if ``d <= scale``."""
+def closeness(gap: float, reach: float, falloff: Falloff) -> float:
+    """A distance as a mark in [0, 1]: ``exp(-d / reach)``, ``max(0, 1 - d / reach)``, or 1 if ``d <= reach``."""
     if falloff == "exponential":
-        return math.exp(-gap / scale)
-    return max(0.0, 1 - gap / scale) if falloff == "linear" else float(gap <= scale)
+        return math.exp(-gap / reach)
+    return max(0.0, 1 - gap / reach) if falloff == "linear" else float(gap <= reach)
 
 
 class PointDistance(Geometry):
@@ -82,8 +82,8 @@ class PointDistance(Geometry):
     Args:
         frame: what the model's coordinates count in, see :data:`rewards.geometry.Frame`.
         target_frame: the same of the data; default, ``frame``.
-        scale: the distance d at which the mark of a pair has fallen to 1/e, or to 0, depending on ``falloff``.
-        falloff: "exponential" ``exp(-d / scale)``, "linear" ``max(0, 1 - d / scale)``, "within" 1 up to ``scale``.
+        reach: the distance d at which the mark of a pair has fallen to 1/e, or to 0, depending on ``falloff``.
+        falloff: "exponential" ``exp(-d / reach)``, "linear" ``max(0, 1 - d / reach)``, "within" 1 up to ``reach``.
         picture: which of the prompt's pictures is meant, from 0.
         tag: the answer stands in ``<tag>``; without such a tag, the whole text after ``</think>`` is it.
         strict: without such a tag there is no answer.
@@ -96,7 +96,7 @@ class PointDistance(Geometry):
         self,
         frame: Frame,
         target_frame: Frame | None = None,
-        scale: Positive = 0.1,
+        reach: Positive = 0.1,
         falloff: Falloff = "exponential",
         picture: int = 0,
         tag: str = "answer",
@@ -104,7 +104,7 @@ class PointDistance(Geometry):
         column: str = "",
     ):
         self.frame, self.target_frame, self.picture = frame, target_frame, picture
-        self.measure: tuple[float, Falloff] = (scale, falloff)
+        self.measure: tuple[float, Falloff] = (reach, falloff)
         self.tag, self.strict, self.column = tag, strict, column
 
     def score(self, row: Row) -> float:
@@ -123,14 +123,14 @@ class PointDistance(Geometry):
 
 
 class Trajectory(PointDistance):
-    """How near the answer's path is to the true one: ``exp(-d / scale)`` as in VLA-R1 (arXiv 2510.01623), in [0, 1].
+    """How near the answer's path is to the true one: ``exp(-d / reach)`` as in VLA-R1 (arXiv 2510.01623), in [0, 1].
 
     Args:
         frame: what the model's coordinates count in, see :data:`rewards.geometry.Frame`.
         target_frame: the same of the data; default, ``frame``.
         measure: d is the discrete Frechet distance of the two paths, or the mean distance of points at equal shares of
             their lengths, both in unit coordinates. VLA-R1's own measure adds angles and lengths of segments.
-        scale: the distance at which the score has fallen to 1/e.
+        reach: the distance at which the score has fallen to 1/e.
         picture: which of the prompt's pictures is meant, from 0.
         tag: the answer stands in ``<tag>``; without such a tag, the whole text after ``</think>`` is it.
         strict: without such a tag there is no answer.
@@ -144,14 +144,14 @@ class Trajectory(PointDistance):
         frame: Frame,
         target_frame: Frame | None = None,
         measure: Literal["frechet", "mean"] = "frechet",
-        scale: Positive = 0.1,
+        reach: Positive = 0.1,
         picture: int = 0,
         tag: str = "answer",
         strict: bool = False,
         column: str = "",
     ):
         self.frame, self.target_frame, self.picture = frame, target_frame, picture
-        self.between, self.scale = {"frechet": frechet, "mean": mean_distance}[measure], scale
+        self.between, self.reach = {"frechet": frechet, "mean": mean_distance}[measure], reach
         self.tag, self.strict, self.column = tag, strict, column
 
     def score(self, row: Row) -> float:
@@ -162,7 +162,7 @@ class Trajectory(PointDistance):
         if not 0 < len(path) <= MOST_POINTS:
             return 0.0
         gap = self.between(path, truth)
-        return math.exp(-gap / self.scale) if math.isfinite(gap) else 0.0
+        return math.exp(-gap / self.reach) if math.isfinite(gap) else 0.0
 
 
 class TemporalIou(TextReward):

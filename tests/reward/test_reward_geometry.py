@@ -194,9 +194,9 @@ def test_points():
     assert score("point_in_box", "(0.2, 0.2)", boxes[0], frame="unit") == 1
     assert score("point_in_box", "[[0.1, 0.1], [0.5, 0.5], [0.9, 0.9], [0.9, 0.1]]", boxes, frame="unit") == 0.5
     assert score("point_in_box", "here", boxes, frame="unit") == 0
-    near = score("point_distance", "[0.5, 0.6]", [0.5, 0.5], frame="unit", scale=0.1)
+    near = score("point_distance", "[0.5, 0.6]", [0.5, 0.5], frame="unit", reach=0.1)
     assert near == pytest.approx(math.exp(-1))
-    options = {"frame": "unit", "scale": 0.2, "falloff": "linear"}
+    options = {"frame": "unit", "reach": 0.2, "falloff": "linear"}
     assert score("point_distance", "[0.5, 0.6]", [0.5, 0.5], **options) == pytest.approx(0.5)
     assert score("point_distance", "[[0.9, 0.9], [0.1, 0.1]]", [[0.1, 0.1], [0.9, 0.9]], **options) == 1
     assert score("point_distance", "[[0.1, 0.1], [0.5, 0.5]]", [0.1, 0.1], **options) == 0.5
@@ -206,7 +206,7 @@ def test_points():
 
 def test_trajectory():
     truth = [[0, 0], [500, 0], [1000, 0]]
-    options = {"frame": "thousand", "scale": 0.2}
+    options = {"frame": "thousand", "reach": 0.2}
     assert score("trajectory", "[[0, 0], [500, 0], [1000, 0]]", truth, **options) == 1
     assert score("trajectory", "[[0, 100], [500, 100], [1000, 100]]", truth, **options) == pytest.approx(math.exp(-0.5))
     assert score("trajectory", "[[0, 0], [1000, 0]]", truth, measure="mean", **options) == pytest.approx(1)
