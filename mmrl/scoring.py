@@ -6,6 +6,7 @@ returns something that is not a finite number per sample stops the run with the 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mmrl.dialogue import said
 from mmrl.errors import UserError
 from mmrl.types import Samples
 
@@ -222,6 +224,33 @@ class Scorer:
                 each[name] = _scores(name, term, samples if flows else detached).to(device)
             seconds[name] = time.perf_counter() - start
         return self._combine(each, seconds, step)
+
+    def turns(self, samples: Samples, step: int = 0) -> list[list[float]] | None:
+        """What each turn of the model earned of its sample's total; None where no reward says so.
+
+        A reward may have ``turns(samples)``: per sample one number for each turn of the model, the part of its score
+        that this turn earned. They are weighted and scaled like the score; what they leave of the total belongs to the
+        last turn.
+
+        Raises:
+            RewardError: not one finite number for each turn.
+        """
+        terms = {name: term for name, term in self.terms.items() if hasattr(term.reward, "turns") and term.weight != 0}
+        if not terms or samples.transcripts is None:
+            return None
+        counts = [len(said(transcript)) for transcript in samples.transcripts]
+        out = [[0.0] * count for count in counts]
+        for name, term in terms.items():
+            weight = term.weight.at(step) if isinstance(term.weight, LinearWeight) else term.weight
+            rows = _rows_of(term, samples)
+            for row, parts in zip(rows, term.reward.turns(samples[rows]) if rows else (), strict=True):
+                if len(parts) != counts[row] or not all(math.isfinite(part) for part in parts):
+                    raise RewardError(
+                        f"reward '{name}' gave {list(parts)} for the {counts[row]} turns of "
+                        f"{describe_sample(samples, row)}; it should be one finite number a turn"
+                    )
+                out[row] = [a + weight * term.scale * b for a, b in zip(out[row], parts, strict=True)]
+        return out
 
     def marks(self, samples: Samples) -> list[list[dict[str, Any]]]:
         """What rewards found in the pictures that samples answer about, for people to look at.

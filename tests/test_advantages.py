@@ -15,7 +15,11 @@ from mmrl.advantages import (
     soft_advantages,
     whiten,
 )
+from mmrl.algorithms.credit import Credit
 from mmrl.algorithms.preference import pair_up
+from mmrl.errors import UserError
+from mmrl.scoring import Scorer, Term
+from mmrl.types import Prompt, Rollout, Samples
 
 SCORES = torch.tensor([1.0, 2.0, 3.0, 5.0, 5.0, 5.0, 0.0, 4.0])
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
@@ -142,3 +146,47 @@ def test_soft_advantages_keep_order_and_slope_at_zero():
     out = soft_advantages(advantage, 1.0, 0.5)
     assert out.tolist() == pytest.approx([-2 * (math.e - 1), -2 * (math.e**0.5 - 1), 0, math.log(2), math.log(3)])
     assert torch.equal(soft_advantages(advantage, 0.0, 0.0), advantage)
+
+
+def test_turns_earn_their_own_rewards():
+    """Two turns with an answer of a tool between them: what the first earned is at its last token."""
+
+    class Polite:
+        name, differentiable = "polite", False
+
+        def __call__(self, samples):
+            return [3.0, 1.0]
+
+        def turns(self, samples):
+            return [[2.0, 0.5], [1.0]]
+
+    def dialogue(*texts):
+        return [{"role": "assistant", "text": text} for text in texts]
+
+    samples = Samples([Prompt("a"), Prompt("b")], texts=["y", "z"], transcripts=[dialogue("x", "y"), dialogue("z")])
+    scorer = Scorer([Term(Polite(), weight=0.5)])
+    mask = torch.tensor([[True, True, False, True], [True, True, False, False]])
+    rollout = Rollout(samples, torch.zeros(2, 4), mask, torch.tensor([0, 1]))
+    turns = scorer.turns(samples)
+    assert turns == [[1.0, 0.25], [0.5]]
+    credit = Credit("returns", None, False, 1.0, 1.0, (0.0, 0.0), (1.0, 1.0))
+    advantage, _ = credit(scorer(samples), rollout, mask, turns=turns)
+    # The total of the first is 1.5, of which 0.25 is left for its last token.
+    assert advantage.tolist() == [[1.5, 1.5, 0, 0.5], [0.5, 0.5, 0, 0]]
+    plain, _ = credit(scorer(samples), rollout, mask)
+    assert plain.tolist() == [[1.5, 1.5, 0, 1.5], [0.5, 0.5, 0, 0]]
+
+
+def test_a_reward_must_name_every_turn():
+    class Short:
+        name = "short"
+
+        def __call__(self, samples):
+            return [1.0]
+
+        def turns(self, samples):
+            return [[1.0, 2.0]]
+
+    samples = Samples([Prompt("a", id="row 3")], texts=["x"], transcripts=[[{"role": "assistant", "text": "x"}]])
+    with pytest.raises(UserError, match=r"reward 'short' gave \[1.0, 2.0\] for the 1 turns of sample 0 .*row 3"):
+        Scorer([Short()]).turns(samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,7 @@ from mmrl.advantages import (
     soft_advantages,
     whiten,
 )
+from mmrl.dialogue import turn_numbers
 from mmrl.scoring import Scores
 from mmrl.types import Rollout
 
@@ -47,6 +49,7 @@ class Credit:
         mask: Tensor,
         penalty: Tensor | None = None,
         baseline: Tensor | None = None,
+        turns: Sequence[Sequence[float]] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Advantages ``[N, T]`` on the CPU, 0 where masked, and the returns that a value head should predict.
 
@@ -55,11 +58,15 @@ class Credit:
             mask: bool ``[N, T]``, the decisions that count.
             penalty: ``[N, T]`` subtracted from the reward of each decision.
             baseline: ``[N]`` for ``remax``.
+            turns: what each turn of a dialogue earned of its sample's total, for rewards per decision; the rest belongs
+                to the last decision, like the whole total where this is None.
         """
         mask = mask.cpu()
         returns = None
         if self.method in PER_DECISION:
-            rewards = last_decision_rewards(scores.total.detach().cpu().float(), mask)
+            total = scores.total.detach().cpu().float()
+            earned = torch.zeros(mask.shape) if turns is None else turn_rewards(turns, rollout.mask.cpu()) * mask
+            rewards = last_decision_rewards(total - earned.sum(1), mask) + earned
             if penalty is not None:
                 rewards = rewards - penalty.cpu() * mask
             if self.method == "gae":
@@ -100,3 +107,16 @@ class Credit:
             lengths = distributed.gather_rows(rollout.mask.sum(1).to(table.device)) if self.method == "opo" else None
             out = group_advantages(table, all_groups.to(table.device), self.method, lengths=lengths)
         return out[rank * rows : (rank + 1) * rows]
+
+
+def turn_rewards(turns: Sequence[Sequence[float]], mask: Tensor) -> Tensor:
+    """Rewards ``[N, T]``: each turn's at the last of its tokens. ``mask`` is that of the model's tokens."""
+    numbers = turn_numbers(mask)
+    rewards = torch.zeros(mask.shape)
+    for row, earned in enumerate(turns):
+        for turn, reward in enumerate(earned):
+            places = (numbers[row] == turn).nonzero().flatten()
+            # A turn of which nothing is left, being cut, has nowhere to put its reward.
+            if len(places):
+                rewards[row, places[-1]] = reward
+    return rewards

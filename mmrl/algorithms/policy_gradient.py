@@ -274,7 +274,8 @@ class PolicyGradient:
         if penalty is not None:
             context.tally.mean("kl/reward", (rollout.logp.cpu() - reference)[rollout.mask.cpu()])
         baseline = score_greedy(context, rollout, step) if self.credit.method == "remax" else None
-        advantage, returns = self.credit(scores, rollout, mask, penalty, baseline)
+        turns = context.scorer.turns(rollout.samples, step) if self.credit.method in PER_DECISION else None
+        advantage, returns = self.credit(scores, rollout, mask, penalty, baseline, turns)
         groups = int(rollout.group.max()) + 1
         alive = torch.zeros(groups).index_add_(0, rollout.group.cpu(), advantage.abs().sum(1)) > 0
         context.tally.mean("groups/without_signal", (~alive).float())
