@@ -269,13 +269,17 @@ def check_fit(pipeline: Component, stage: StageConfig, where: str) -> None:
         UserError: the algorithm needs what the policy does not offer, rewards that are not there, or their gradient.
     """
     algorithm = build_algorithm(stage.algorithm)
-    offered = getattr(pipeline.target, "verbs", None)
-    # A policy may know its verbs only once it is built; then the class has no set to look at.
+    # What a policy offers may depend on its options; one may know only once it is built, and then there is no set.
+    offers = getattr(pipeline.target, "offers", None)
+    offered = offers(**pipeline.options) if offers is not None else getattr(pipeline.target, "verbs", None)
     missing = sorted(algorithm.verbs - offered) if isinstance(offered, (set, frozenset)) else []
     if missing:
+        from mmrl.policy import VERB_HELP
+
         raise UserError(
             f"{where}: algorithm '{stage.algorithm.type}' needs a policy that offers {', '.join(missing)}, "
             f"but pipeline '{pipeline.type}' offers {', '.join(sorted(offered))}"
+            + (f" ({VERB_HELP[missing[0]]})" if missing[0] in VERB_HELP else "")
         )
     if isinstance(offered, (set, frozenset)) and hasattr(algorithm, "defaults_for"):
         # Written out, so that the plan and the run's own config say what an option that was not given stands for.

@@ -13,6 +13,14 @@ from torch import Tensor, nn
 
 from mmrl.types import Decisions, Prompt, Rollout, Samples
 
+VERB_HELP = {
+    "means": "only Gaussian decisions have them: with tokens use kl k1, k2 or k3, and neither guard nor dppo",
+    "values": "a value head gives them: pipeline.value_head: true",
+    "entropy": "only tokens have one",
+    "given": "only language models can be given answers",
+}
+"""What to do about a verb that is missing."""
+
 
 @runtime_checkable
 class Policy(Protocol):

@@ -61,14 +61,17 @@ class TablePolicy:
         self.values = nn.Parameter(torch.zeros(prompts, length)) if value_head else None
         if value_head:
             named["values"] = self.values
-        else:
-            self.verbs = self.verbs - {"values"}
+        self.verbs = self.offers(value_head)
         self.parameters = Parameters(named)
         self.counters = Counter()
         self.batch_size = batch_size
         self.max_decisions = length
         self.has_frozen_base = False
         self.keep_mean = self.keep_entropy = False
+
+    @staticmethod
+    def offers(value_head=False, **others):
+        return TablePolicy.verbs if value_head else TablePolicy.verbs - {"values"}
 
     def to(self, device):
         return self

@@ -179,8 +179,10 @@ def test_what_does_not_fit_tokens_is_refused(tmp_path, algorithm, message):
 def test_ppo_without_a_value_head_is_refused(tmp_path):
     config = table_config(tmp_path / "run", {"type": "ppo", "group_size": 2})
     config["pipeline"]["value_head"] = False
-    with pytest.raises(UserError, match="value head"):
-        train(config)
+    with pytest.raises(UserError, match=r"needs a policy that offers values.*pipeline\.value_head: true"):
+        parse_config(config)
+    with pytest.raises(UserError, match="a value head gives them"):
+        take_step(named("ppo", group_size=2), table_context(TablePolicy()))
 
 
 def test_dynamic_sampling_replaces_groups_without_spread():

@@ -32,12 +32,8 @@ from mmrl.algorithms.objectives import Objective, ObjectiveName, default_clip_ra
 from mmrl.algorithms.policy_loss import KLName, MicroBatch, PolicyLoss
 from mmrl.algorithms.regularisers import EntropyBonus, EntropyTarget, Importance, ValueHead, top_entropy_mask
 from mmrl.errors import UserError
+from mmrl.policy import VERB_HELP
 from mmrl.types import Prompt, Rollout
-
-_HOW = {
-    "values": ", a value head: switch it on (pipeline.value_head)",
-    "means": ", which are those of Gaussian decisions: for tokens use kl k1, k2 or k3",
-}
 
 
 class PolicyGradient:
@@ -241,7 +237,8 @@ class PolicyGradient:
 
     def collect(self, context: Context, prompts: Sequence[Prompt], step: int) -> Experience:
         if missing := sorted(self.verbs - context.policy.verbs):
-            raise UserError(f"the algorithm needs a policy that offers {', '.join(missing)}{_HOW.get(missing[0], '')}")
+            help = f" ({VERB_HELP[missing[0]]})" if missing[0] in VERB_HELP else ""
+            raise UserError(f"the algorithm needs a policy that offers {', '.join(missing)}{help}")
         context.policy.keep_mean = self.objective.needs_means
         if self.needs_entropy:
             context.policy.keep_entropy = True

@@ -137,8 +137,7 @@ class VLMPolicy:
         self.answers = Answers(self.reader, self.eos)
         self.lora: LoRA | None = lora
         self.value_head = ValueHead(model.config.get_text_config().hidden_size) if value_head else None
-        if not value_head:
-            self.verbs = self.verbs - {"values"}
+        self.verbs = self.offers(value_head)
         self.parameters = training.choose_parameters(model, lora, freeze, self.value_head)
         self.network.keep_features = not training.features_train(self.parameters)
         if gradient_checkpointing:
@@ -161,6 +160,11 @@ class VLMPolicy:
             raise UserError("pipeline has both 'tools' and 'environment': tools are an environment, leave one out")
         if model is not None:
             loading.resolve(model)
+
+    @staticmethod
+    def offers(value_head: bool = False, **others: Any) -> frozenset[str]:
+        """The verbs of a policy with these options."""
+        return VLMPolicy.verbs if value_head else VLMPolicy.verbs - {"values"}
 
     @staticmethod
     def forwards_per_sample(
