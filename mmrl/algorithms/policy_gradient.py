@@ -237,8 +237,8 @@ class PolicyGradient:
 
     def collect(self, context: Context, prompts: Sequence[Prompt], step: int) -> Experience:
         if missing := sorted(self.verbs - context.policy.verbs):
-            help = f" ({VERB_HELP[missing[0]]})" if missing[0] in VERB_HELP else ""
-            raise UserError(f"the algorithm needs a policy that offers {', '.join(missing)}{help}")
+            advice = f" ({VERB_HELP[missing[0]]})" if missing[0] in VERB_HELP else ""
+            raise UserError(f"the algorithm needs a policy that offers {', '.join(missing)}{advice}")
         context.policy.keep_mean = self.objective.needs_means
         if self.needs_entropy:
             context.policy.keep_entropy = True

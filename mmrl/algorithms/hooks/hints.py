@@ -18,8 +18,9 @@ from mmrl.types import Prompt, Rollout
 class Hints:
     """Groups that all failed are rolled out again with a hint, and learnt from as answers to the plain prompt.
 
-    Behaviour log-probs are those with the hint, so switch on ``importance``, which weighs each decision by how likely
-    the policy finds it without; otherwise they are taken as the policy's own.
+    Behaviour log-probs are those with the hint, so the ratio is pi(answer | prompt) / pi_old(answer | prompt and hint),
+    as published, and the clip stops what the policy would hardly say without. ``importance`` weighs decisions by that
+    ratio instead, within bounds, and takes ratios against the policy as it is.
 
     Attributes:
         column: of the data that holds the hint.
