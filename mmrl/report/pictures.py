@@ -116,17 +116,18 @@ def _one_per_prompt(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _parts(before: Sample, after: Sample) -> str:
-    """Change of each reward, where there is more than one."""
-    if len(after.scores) < 2:
+    """Change of each reward that applies, where there is more than one."""
+    changes = {name: (before.scores.get(name), value) for name, value in after.scores.items()}
+    changes = {name: pair for name, pair in changes.items() if pair != (None, None)}
+    if len(changes) < 2:
         return ""
-    return " · ".join(
-        f"{escape(name)} {number(before.scores.get(name))} → {number(value)}" for name, value in after.scores.items()
-    )
+    return " · ".join(f"{escape(name)} {number(old)} → {number(new)}" for name, (old, new) in changes.items())
 
 
 def _caption(sample: Sample) -> str:
-    parts = " · ".join(f"{escape(name)} {number(value)}" for name, value in sample.scores.items())
-    detail = f"<br>{parts}" if len(sample.scores) > 1 else ""
+    scores = {name: value for name, value in sample.scores.items() if value is not None}
+    parts = " · ".join(f"{escape(name)} {number(value)}" for name, value in scores.items())
+    detail = f"<br>{parts}" if len(scores) > 1 else ""
     return f"<b>{number(sample.total)}</b> {escape(sample.prompt)}{detail}"
 
 
