@@ -27,8 +27,7 @@ def total(value: float) -> float:
     """Sum of one number over processes."""
     if world_size() == 1:
         return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
+    tensor = torch.tensor(float(value), dtype=torch.float64, device=exchange_device())
     dist.all_reduce(tensor)
     return tensor.item()
 
@@ -42,9 +41,15 @@ def gather_rows(rows: Tensor) -> Tensor:
     """Rows of all processes in rank order. Every process must bring the same number."""
     if world_size() == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    own = rows.contiguous().to(exchange_device())
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    return torch.cat(parts).to(rows.device)
+
+
+def exchange_device() -> str:
+    """Where tensors must be to be exchanged."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def gather_ragged(rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmrl.distributed import world_size
+from mmrl.distributed import exchange_device, gather_objects, world_size
 
 
 class Tally:
@@ -50,24 +50,38 @@ class Tally:
     def result(self) -> dict[str, float]:
         """Name to mean or maximum over everything added, in all processes.
 
-        Every process must have added to the same names, in the same order. A name whose weights add up to nothing is
-        left out.
+        Processes may have added to different names: one all of whose groups are silent computes no loss. A name whose
+        weights add up to nothing is left out.
         """
-        out: dict[str, float] = {}
-        for name, (total, count) in self._sums.items():
-            pair = torch.stack([total, count])
-            if world_size() > 1:
-                dist.all_reduce(pair)
-            if pair[1] > 0:
-                out[name] = (pair[0] / pair[1]).item()
-        for name, value in self._maxima.items():
-            if world_size() > 1:
-                dist.all_reduce(value, dist.ReduceOp.MAX)
-            out[name] = value.item()
+        sums, maxima = self._sums, self._maxima
+        if world_size() > 1:
+            sums, maxima = self._over_processes()
+        out = {name: (total / count).item() for name, (total, count) in sums.items() if count > 0}
+        out |= {name: value.item() for name, value in maxima.items()}
         for name in [name for name in out if name.endswith("/mean_square")]:
             base = name.removesuffix("/mean_square")
             out[f"{base}/std"] = math.sqrt(max(out.pop(name) - out[f"{base}/mean"] ** 2, 0.0))
         return out
+
+    def _over_processes(self) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+        """The sums and maxima of all processes, in one exchange each."""
+        everyone = gather_objects((list(self._sums), list(self._maxima)))
+        means, tops = (list(dict.fromkeys(name for part in everyone for name in part[kind])) for kind in (0, 1))
+        device = exchange_device()
+        zero, lowest = torch.zeros((), dtype=torch.float64), torch.tensor(-math.inf, dtype=torch.float64)
+        sums = [torch.stack([part.to(device) for part in self._sums.get(name, (zero, zero))]) for name in means]
+        maxima = [self._maxima.get(name, lowest).to(device) for name in tops]
+        if sums:
+            table = torch.stack(sums)
+            dist.all_reduce(table)
+            sums = list(table)
+        if maxima:
+            row = torch.stack(maxima)
+            dist.all_reduce(row, dist.ReduceOp.MAX)
+            maxima = list(row)
+        return dict(zip(means, [(pair[0], pair[1]) for pair in sums], strict=True)), dict(
+            zip(tops, maxima, strict=True)
+        )
 
 
 class Clock:

@@ -182,6 +182,12 @@ def exact(samples: Samples) -> list[float]:
     ]
 
 
+def first_half(samples: Samples) -> list[float]:
+    """Prompts 2 and 3 have no spread."""
+    first = [prompt.text in ("p0", "p1") for prompt in samples.prompts]
+    return [value if own else 1.0 for value, own in zip(share_right(samples), first, strict=True)]
+
+
 def table_context(policy: TablePolicy, reward=share_right, micro_batch_size: int = 8, prompts: int = 4) -> Context:
     """What the trainer would lend an algorithm, with ``prompts`` prompts."""
     rows = [Prompt(f"p{k}", id=f"p{k}", target=str(k + 1)) for k in range(prompts)]

@@ -233,6 +233,8 @@ PROCESSES = {
     "reinforce_plus_plus": {"group_size": 4, "kl_coef": 0.1},
     "ppo": {"group_size": 4},
     "opo": {"group_size": 4},
+    # The second of two processes has nothing to compute.
+    "gspo": {"group_size": 4},
     "grpo": {"group_size": 4, "top_entropy": 0.4, "entropy_target": {"target": 1.0}, "prompt_choice": {}, "replay": {}},
 }
 
