@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from mmrl.seeding import derive_seed, generator
-from mmrl.world.captions import KINDS, all_targets, is_held_out, vocabulary
+from mmrl.world.captions import ASKED_COLOURS, ASKED_SHAPES, all_targets, is_held_out, vocabulary
 from mmrl.world.captions import TASKS as CAPTION_TASKS
-from mmrl.world.questions import JUDGED_SIDE, SIDE, TASKS, ask, picture, pixel_box, rows
+from mmrl.world.questions import JUDGED_SIDE, SIDE, TASKS, ask, picture, rows
 from mmrl.world.scenes import RELATIONS, Scene, place
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ LAYERS = 4
 VISION_WIDTH = 96
 VISION_LAYERS = 3
 CONTEXT = 1024
-THETA = 5.0
+THETA = 1e4
 INIT = 0.06
 VISION_LR = 2e-3
 VISION_BATCH = 32
@@ -182,18 +182,18 @@ def scenes(count: int, rng: np.random.Generator) -> Iterator[tuple[Scene, Image]
 
 
 def cells(scene: Scene) -> torch.Tensor:
-    """What each of the 16 tokens of a picture should tell: long ``[16, 7]``.
+    """What each of the 16 tokens of a picture should tell: long ``[16, 5]``.
 
-    The kind of the object whose centre lies in its part of the picture, counted from 1 (0 for none), and the pixels of
-    that centre (x, y) and of the box (left, top, right, bottom), -100 where there is none.
+    Colour and shape of the object whose centre lies in its part of the picture, counted from 1 (0 for none), and in
+    pixels its centre (x, y) and half-side, -100 where there is none.
     """
     number = SIDE // (PATCH * MERGE)
-    found = torch.full((number * number, 7), -100)
-    found[:, 0] = 0
+    found = torch.full((number * number, 5), -100)
+    found[:, :2] = 0
     for o in scene.objects:
         cell = int(o.y * number) * number + int(o.x * number)
-        kind = 1 + KINDS.index({"colour": o.colour, "shape": o.shape})
-        found[cell] = torch.tensor([kind, round(o.x * SIDE), round(o.y * SIDE), *pixel_box(o, SIDE)])
+        kind = 1 + ASKED_COLOURS.index(o.colour), 1 + ASKED_SHAPES.index(o.shape)
+        found[cell] = torch.tensor([*kind, round(o.x * SIDE), round(o.y * SIDE), round(o.size * SIDE)])
     return found
 
 
@@ -211,7 +211,7 @@ def train_vision(
     wanted = torch.stack([cells(scene) for scene, _ in drawn])
     read = processor.image_processor(images=[image for _, image in drawn], return_tensors="pt")
     patches = read["pixel_values"].view(pictures, -1, read["pixel_values"].shape[-1])
-    sizes = [1 + len(KINDS), *[SIDE + 1] * 6]
+    sizes = [1 + len(ASKED_COLOURS), 1 + len(ASKED_SHAPES), *[SIDE + 1] * 3]
     torch.manual_seed(derive_seed(seed, "vision"))
     heads = nn.Linear(WIDTH, sum(sizes))
     parameters = [*model.model.visual.parameters(), *heads.parameters()]
@@ -226,13 +226,14 @@ def train_vision(
             nn.functional.cross_entropy(logits, right[:, number], ignore_index=-100)
             for number, logits in enumerate(heads(tokens).split(sizes, dim=1))
         ]
-        loss = 4 * losses[0] + sum(losses[1:])
+        # Most tokens see nothing, so colours and shapes count for more than their share.
+        loss = 8 * (losses[0] + losses[1]) + sum(losses[2:])
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
-        report(step, {"kind": losses[0].item(), "place": sum(losses[1:]).item() / 6})
+        report(step, dict(zip(("colour", "shape", "x", "y", "size"), (loss.item() for loss in losses), strict=True)))
 
 
 def main(out: Path, seed: int = 0, overrides: Sequence[str] = ()) -> None:
