@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mmrl.dialogue import calls, errors
+from mmrl.dialogue import Transcript
 from mmrl.errors import UserError
 from mmrl.scoring import as_scores
 from mmrl.types import Samples
@@ -57,16 +57,41 @@ class ToolUse:
         Raises:
             UserError: the samples are no dialogues.
         """
+        turns = self._earned(samples)
+        right = self._right(samples)
+        scores = [sum(earned) for earned in turns]
+        return [
+            None if good is None else score if good else min(score, 0.0)
+            for score, good in zip(scores, right, strict=True)
+        ]
+
+    def turns(self, samples: Samples) -> list[list[float]]:
+        """What each turn of the model earned, for credit turn by turn (see :meth:`mmrl.scoring.Scorer.turns`)."""
+        return [
+            earned if good else [min(part, 0.0) for part in earned]
+            for earned, good in zip(self._earned(samples), self._right(samples), strict=True)
+        ]
+
+    def _earned(self, samples: Samples) -> list[list[float]]:
         if samples.transcripts is None:
             raise UserError(f"reward '{self.name}' looks at dialogues: give the pipeline tools (pipeline.tools)")
-        scores: list[float | None] = []
-        for transcript in samples.transcripts:
-            used = [name for name in calls(transcript) if not self.tools or name in self.tools]
-            scores.append(min(len(used) / self.enough, 1.0) - self.error_cost * errors(transcript))
+        return [self._of_turns(transcript) for transcript in samples.transcripts]
+
+    def _of_turns(self, transcript: Transcript) -> list[float]:
+        earned: list[float] = []
+        left = self.enough
+        for turn in transcript:
+            if turn["role"] == "assistant":
+                earned.append(0.0)
+                continue
+            worked = sum(not self.tools or name in self.tools for name in turn["calls"])
+            earned[-1] += min(worked, left) / self.enough - self.error_cost * turn["errors"]
+            left -= min(worked, left)
+        return earned
+
+    def _right(self, samples: Samples) -> list[bool | None]:
+        """Whether tools may earn something; None where ``of`` does not apply."""
         if self.of is None:
-            return scores
+            return [True] * len(samples)
         found = as_scores(self.name, self.of(samples), samples, getattr(self.of, "partial", False)).tolist()
-        return [
-            None if answer != answer else score if answer > self.threshold else min(score, 0.0)
-            for score, answer in zip(scores, found, strict=True)
-        ]
+        return [None if answer != answer else answer > self.threshold for answer in found]

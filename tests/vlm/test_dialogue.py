@@ -496,9 +496,22 @@ def test_rewards_see_every_turn(schooled):
     assert right == [use * (text == "yes") for use, text in zip(used, samples.texts, strict=True)]
     with pytest.raises(UserError, match="dialogues"):
         load_reward("tool_use")(Samples([ASKED], texts=["a"]))
-    spoiled = Samples([ASKED], texts=["a"], transcripts=[[{"role": "tool", "text": "", "calls": ["x"], "errors": 2}]])
-    assert load_reward("tool_use", error_cost=0.25, enough=2)(spoiled) == [0.0]
+    transcript = [
+        {"role": "assistant", "text": "look"},
+        {"role": "tool", "text": "", "images": 1, "calls": ["x"], "errors": 0},
+        {"role": "assistant", "text": "look"},
+        {"role": "tool", "text": "error", "images": 0, "calls": [], "errors": 2},
+        {"role": "assistant", "text": "no"},
+    ]
+    spoiled = Samples([ASKED], texts=["no"], transcripts=[transcript])
+    costly = load_reward("tool_use", error_cost=0.25, enough=2)
+    assert costly(spoiled) == [0.0]
+    assert costly.turns(spoiled) == [[0.5, -0.5, 0.0]]
+    assert Scorer([costly]).turns(spoiled) == [[0.5, -0.5, 0.0]]
     assert load_reward("tool_use", tools=["y"])(spoiled) == [0.0]
+    wrong = load_reward("tool_use", error_cost=0.125, of={"type": "exact"})
+    assert wrong(spoiled) == [0.0]
+    assert wrong.turns(spoiled) == [[0.0, -0.25, 0.0]]
 
 
 def test_one_step_of_grpo(schooled):
