@@ -108,6 +108,18 @@ def errors(transcript: Transcript) -> int:
     return sum(turn.get("errors", 0) for turn in transcript)
 
 
+def readable(transcript: Transcript) -> str:
+    """A dialogue for people to read: a paragraph a turn, answers of tools in square brackets."""
+    lines = []
+    for turn in transcript:
+        if turn["role"] == "assistant":
+            lines.append(turn["text"])
+        else:
+            pictures = f"{turn['images']} picture{'s' * (turn['images'] != 1)}" if turn["images"] else ""
+            lines.append(f"[{' '.join(part for part in (*turn['calls'], turn['text'], pictures) if part)}]")
+    return "\n\n".join(lines)
+
+
 def turn_numbers(mask: Tensor) -> Tensor:
     """Long ``[N, T]``: to which of a row's turns a token belongs, from 0; -1 for tokens that are not the model's.
 

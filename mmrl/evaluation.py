@@ -12,6 +12,7 @@ import torch
 
 from mmrl import distributed
 from mmrl.algorithms.collecting import row_chunks
+from mmrl.dialogue import readable
 from mmrl.media import save_contact_sheet, save_images, save_videos
 from mmrl.policy import Policy
 from mmrl.scoring import Scorer
@@ -100,7 +101,8 @@ def _save_outputs(samples: Samples, folder: Path, names: list[str]) -> list[dict
         return [{} for _ in names]
     saved: dict[int, str] = {}
     out = []
-    for name, text, prompt in zip(names, samples.texts, samples.prompts, strict=True):
+    texts = samples.texts if samples.transcripts is None else [readable(one) for one in samples.transcripts]
+    for name, text, prompt in zip(names, texts, samples.prompts, strict=True):
         pictures = list(prompt.images) or list(prompt.videos)[:1]
         if pictures and id(prompt) not in saved:
             saved[id(prompt)] = f"{name}-asked.png"

@@ -31,7 +31,19 @@ from mmrl.errors import UserError
 from mmrl.scoring import as_scores, is_differentiable, reward_name
 from mmrl.types import Samples
 
-KEYWORDS = ("prompts", "completions", "texts", "images", "videos", "episodes", "target", "task", "ids", "truncated")
+KEYWORDS = (
+    "prompts",
+    "completions",
+    "texts",
+    "images",
+    "videos",
+    "episodes",
+    "target",
+    "task",
+    "ids",
+    "truncated",
+    "transcripts",
+)
 
 
 class ChatText(str):
@@ -189,5 +201,6 @@ def _columns(samples: Samples) -> dict[str, Any]:
         "ids": [prompt.id for prompt in prompts],
     }
     more = {"texts": samples.texts, "videos": samples.videos, "episodes": samples.episodes}
+    more["transcripts"] = samples.transcripts
     more["truncated"] = None if samples.truncated is None else samples.truncated.tolist()
     return columns | {name: column for name, column in more.items() if column is not None}

@@ -14,7 +14,7 @@ from zoo.vlms import build_vlm
 from mmrl.algorithms.base import Context
 from mmrl.algorithms.policy_gradient import PolicyGradient
 from mmrl.config import load_config
-from mmrl.dialogue import CallError, Observation, Situation, calls, errors, said, turn_numbers
+from mmrl.dialogue import CallError, Observation, Situation, calls, errors, readable, said, turn_numbers
 from mmrl.errors import UserError
 from mmrl.scoring import Scorer
 from mmrl.tally import Clock, Tally
@@ -25,6 +25,7 @@ from pipelines import VLMPolicy
 from pipelines.tools import build_tools
 from pipelines.tools.toolbox import Toolbox
 from rewards import load_reward
+from rewards.function import FunctionReward
 
 ROOT = Path(__file__).parents[2]
 
@@ -600,3 +601,13 @@ def test_recipes_are_valid(config, monkeypatch):
     loaded = load_config(ROOT / "configs" / config)
     assert loaded.pipeline.options["tools"]
     assert loaded.pipeline.keywords()["max_turns"] > 1
+
+
+def test_functions_and_people_see_transcripts(schooled):
+    samples = schooled.generate([ASKED], [0])
+
+    def count_turns(completions, transcripts, **others):
+        return [float(len(said(transcript))) for transcript in transcripts]
+
+    assert FunctionReward(count_turns, {})(samples).tolist() == [2.0]
+    assert readable(samples.transcripts[0]) == f"{ZOOM}\n\n[zoom 1 picture]\n\nyes"
