@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from mmrl.types import Prompt, Samples
 from mmrl.world import details
 from mmrl.world.scenes import COLOURS
 from pipelines import VLMPolicy
-from pipelines.tools import build_tools
+from pipelines.tools import TOOLS, build_tools
 from pipelines.tools.toolbox import Toolbox
 from rewards import load_reward
 from rewards.function import FunctionReward
@@ -611,3 +612,15 @@ def test_functions_and_people_see_transcripts(schooled):
 
     assert FunctionReward(count_turns, {})(samples).tolist() == [2.0]
     assert readable(samples.transcripts[0]) == f"{ZOOM}\n\n[zoom 1 picture]\n\nyes"
+
+
+def test_the_tool_of_the_page_works(tmp_path):
+    page = (ROOT / "docs" / "dialogues.md").read_text(encoding="utf-8")
+    path = tmp_path / "my_tools.py"
+    path.write_text(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1])
+    box = Toolbox(build_tools([{"type": f"{path}:Ruler", "digits": 2}]))
+    assert box.step(call("ruler", start=[0, 0], end=[3, 4]), situation()).text == "5.00"
+    assert box.step(call("ruler", start=[1, 1], end=[1, 1]), situation()).text == "error: the points are the same"
+    assert box.step(call("ruler", start=[1]), situation()).errors == 1
+    for name in TOOLS:
+        assert f"| `{name}` |" in page
