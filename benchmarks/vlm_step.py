@@ -271,6 +271,8 @@ def check(setting: Setting, folder: Path, console: Console) -> None:
     save_model(folder / "model")
     rows = write_rows(folder / "rows", ROWS, setting.side)
     mine = Mine(*load_model(folder / "model"), rows, setting, fixed_length=False)
+    # More tokens at which a completion ends, so that lengths differ.
+    mine.policy.decoder.eos = torch.cat([mine.policy.eos, torch.arange(300, 320)])
     context = Context(mine.policy, mine.scorer, 0, setting.prompts * setting.group, Clock(), Tally())
     experience = mine.algorithm.collect(context, mine.sampler.batch(0), 0)
     rollout = experience.rollout
@@ -313,7 +315,8 @@ def check(setting: Setting, folder: Path, console: Console) -> None:
             table.add_row(f"{case}: loss", f"{loss:.7f}", f"{own_loss:.7f}", f"{abs(loss - own_loss):.1e}")
             table.add_row("  gradient norm", f"{norm:.7f}", f"{own_norm:.7f}", f"{abs(norm - own_norm):.1e}")
             table.add_row("  gradient, norm of the difference over norm", "", "", f"{gap:.1e}")
-    gap = (inputs["advantages"] - experience.advantage).abs().max().item()
+    # One number a row, the same for all its tokens.
+    gap = (inputs["advantages"] - experience.advantage[:, 0]).abs().max().item()
     table.add_row("advantages, largest difference", "", "", f"{gap:.1e}")
     console.print(table)
 
