@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from reward_samples import smooth_images
+from torchvision.transforms.functional import pil_to_tensor
 
 from mmrl import run
 from mmrl.config import load_config
@@ -535,3 +536,15 @@ def test_the_quickstart_asks_what_its_judge_has_learned():
     asked = [row["text"] for row in rows(count=4, tasks=["judge"])]
     pattern = re.escape(template).replace(re.escape("{prompt}"), "[a-z ]+")
     assert all(re.fullmatch(pattern, text) for text in asked)
+
+
+def test_the_shipped_judge_tells_right_captions_from_wrong_ones():
+    shown = list(rows(count=80, tasks=["judge"], seed=11))
+    samples = Samples(
+        [Prompt(row["text"]) for row in shown],
+        images=torch.stack([pil_to_tensor(row["images"][0]).float() / 255 for row in shown]),
+    )
+    reward = load_reward("judge_yes", model="builtin:qwen-vl-shapes", question="{prompt}", batch_size=40)
+    right = torch.tensor([row["target"] == "yes" for row in shown])
+    scores = reward(samples)
+    assert (scores[right][:, None] > scores[~right]).float().mean() > 0.65
