@@ -31,6 +31,7 @@ class Row:
         situation: what the environment sees.
         draw: where all its random numbers come from.
         position: of the next token.
+        places: positions ``[1 or 3, t]`` of all tokens behind the prompt, as of the latest answer.
         parts: what followed the prompt, each with whether the model said it.
         logp, value: per turn of the model ``[t]``.
         truncated: cut by a limit of tokens or turns.
@@ -41,6 +42,7 @@ class Row:
     situation: Situation
     draw: torch.Generator
     position: int
+    places: Tensor | None = None
     parts: list[tuple[Processed, bool]] = field(default_factory=list)
     logp: list[Tensor] = field(default_factory=list)
     value: list[Tensor] = field(default_factory=list)
@@ -229,8 +231,8 @@ class Dialogues:
         row.parts.append((told, False))
         self.reader.counters["tool_calls"] += len(answer.calls)
         self.reader.counters["tool_errors"] += answer.errors
-        told.positions = self._positions(row)[:, -len(told) :]
-        row.position = int(told.positions.max()) + 1
+        row.places = self._positions(row)
+        row.position = int(row.places[:, -len(told) :].max()) + 1
 
     def _positions(self, row: Row) -> Tensor:
         parts = [part for part, _ in row.parts]
@@ -252,7 +254,7 @@ class Dialogues:
             # The last token that the model drew has not run yet.
             drawn, told = row.parts[-2][0].ids[-1:], row.parts[-1][0]
             ids.append(torch.cat([drawn, told.ids]))
-            positions.append(self._positions(row)[:, -len(told) - 1 :])
+            positions.append(row.places[:, -len(told) - 1 :])
             types.append(torch.cat([torch.zeros_like(drawn), told.types]))
         media = [one for row in rows for one in row.parts[-1][0].media]
         return extend(self.network, cache, mask[:, there], ids, positions, media, types)
@@ -265,7 +267,7 @@ class Dialogues:
             key: torch.cat([row.head.token_types[key], *(part.types for part in parts[1:])])
             for key in row.head.token_types
         }
-        positions = torch.cat([row.head.positions, self._positions(row)], 1)
+        positions = torch.cat([row.head.positions, row.places], 1)
         media = [one for part in parts for one in part.media]
         return Processed(ids, types, media, positions, row.position - len(ids))
 
