@@ -66,7 +66,9 @@ class LocalVLM:
         marks = {*self.tokenizer.all_special_tokens}
         marks |= {getattr(self.processor, name, None) or "" for name in ("image_token", "video_token")}
         marks |= {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        self._marks = re.compile("|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True) if mark))
+        # The longest first, where one begins with another; "(?!)" matches nothing.
+        marks_found = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True) if mark)
+        self._marks = re.compile(marks_found or "(?!)")
         # By the pictures in a case, as some families treat one and several differently: whether sharing is exact.
         self._exact: dict[int, bool] = {}
         self._can_share, self._told = can_share(self.model, self.processor), False
@@ -87,7 +89,7 @@ class LocalVLM:
             logits = self._logits(inputs, last[:, None])[:, 0]
             return logits[:, torch.tensor(ids, device=logits.device)].float().cpu()
 
-        return torch.stack(self._each(cases, batch_size, run))
+        return torch.stack(self._each(cases, batch_size, run)) if cases else torch.zeros(0, len(ids))
 
     def answer_nll(self, cases: Sequence[tuple[Case, str]], batch_size: int, system: str = "") -> Tensor:
         """Mean negative log-likelihood ``[N]`` of the tokens of each case's answer, float32 on the CPU.
@@ -107,7 +109,7 @@ class LocalVLM:
             nll = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=-100)
             return (nll.view_as(wanted).sum(1) / (wanted >= 0).sum(1)).cpu()
 
-        return torch.stack(self._each(cases, batch_size, run))
+        return torch.stack(self._each(cases, batch_size, run)) if cases else torch.zeros(0)
 
     def write(
         self,

@@ -173,6 +173,7 @@ def test_frames_of_a_clip_and_pictures_of_a_prompt(folder, plain):
     assert reward(samples).tolist() == pytest.approx(expected, abs=1e-6)
     words = Samples([Prompt("1 + 1?"), Prompt("2 + 2?")], texts=["2", "5"])
     assert reward(words).shape == (2,)
+    assert reward(words[:0]).shape == (0,)
 
 
 def test_equal_cases_are_asked_once(folder):
