@@ -91,8 +91,13 @@ class Dialogues:
         self.share = share
         self.value_head = value_head
         self.turns = Turns(reader, environment.schemas(), describe)
-        # Answers may be text alone, which some processors refuse.
-        reader.process("a", [], [], Shelf(Counter()), "tools", first=False)
+        try:
+            reader.process("a", [], [], Shelf(Counter()), "tools", first=False)
+        except UserError as error:
+            name = type(reader.processor).__name__
+            raise UserError(
+                f"{name} takes no text without pictures, as tools answer, so they cannot be used"
+            ) from error
         self.eos = set(decoder.eos.tolist())
         # Where the marks of calls are special tokens, leaving those out would leave out the calls.
         self.skip_special = "<tool_call>" not in self.turns.special

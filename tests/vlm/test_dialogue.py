@@ -575,7 +575,7 @@ def test_tools_are_described_where_the_template_wants_them():
 
 
 def test_a_processor_that_takes_no_text_alone_is_refused():
-    with pytest.raises(UserError, match="refuses"):
+    with pytest.raises(UserError, match="PaliGemmaProcessor takes no text without pictures"):
         VLMPolicy(*build_vlm("paligemma"), tools=[{"type": "rotate"}])
 
 
