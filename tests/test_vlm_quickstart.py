@@ -100,5 +100,5 @@ stages:
 def test_grpo_learns(tmp_path):
     found = run.train(load_config(CONFIG, settings(tmp_path, "trainer.steps=30")))["eval"]
     before, after = found["before"], found["after"]
-    assert after["reward"] > before["reward"] + 0.07
+    assert after["reward"] > before["reward"] + 0.05
     assert after["format/mean"] >= before["format/mean"] - 0.01
