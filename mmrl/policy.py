@@ -37,6 +37,8 @@ class Policy(Protocol):
         batch_size: samples per network call; updates use the same, so that a replay sees the same batch shapes.
         has_frozen_base: the reference is at hand without a copy, because adapters can be switched off.
         keep_mean: whether rollouts record the means of Gaussian decisions.
+        fit_length: optional; about how long a prompt with its response is, so that supervised micro-batches hold
+            rows of like length.
         keep_entropy: whether ``decisions`` also gives entropies; only policies that offer them have it.
         max_decisions: longest output, where there is a limit; the default divisor of the "constant" aggregation.
     """

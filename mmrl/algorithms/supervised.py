@@ -49,10 +49,18 @@ class Supervised:
         yield Update(size, self._micro_batches(context, experience, size, step))
 
     def _micro_batches(self, context: Context, prompts: list[Prompt], size: int, step: int) -> Iterator[MicroBatch]:
-        for rows in row_chunks(len(prompts), context.micro_batch_size):
+        order, numbers = self._order(context, prompts), numbers_of(slice(0, len(prompts)), len(prompts))
+        for chunk in row_chunks(len(prompts), context.micro_batch_size):
+            rows = order[chunk]
             for draw in range(self.noise_draws):
-                seeds = [derive_seed(context.seed, "fit", step, draw, row) for row in numbers_of(rows, len(prompts))]
-                yield MicroBatch(prompts[rows], seeds, size)
+                seeds = [derive_seed(context.seed, "fit", step, draw, numbers[row]) for row in rows]
+                yield MicroBatch([prompts[row] for row in rows], seeds, size)
+
+    def _order(self, context: Context, prompts: Sequence[Prompt]) -> list[int]:
+        """Rows of like length together, where the policy knows lengths, so that little is padded."""
+        length = getattr(context.policy, "fit_length", None)
+        rows = list(range(len(prompts)))
+        return rows if length is None else sorted(rows, key=lambda row: length(prompts[row]))
 
     def loss(self, context: Context, micro_batch: MicroBatch) -> Tensor:
         fit = context.policy.fit(Samples(prompts=micro_batch.prompts), micro_batch.seeds)

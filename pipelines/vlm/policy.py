@@ -29,7 +29,7 @@ from pipelines.vlm.loading import LoadedVLM
 from pipelines.vlm.network import Network
 from pipelines.vlm.prefix import Trace, begin, text_trace
 from pipelines.vlm.scoring import Scorer, Scores, Share
-from pipelines.vlm.supervised import Answers
+from pipelines.vlm.supervised import Answers, fit_length
 from pipelines.vlm.training import Part, ValueHead, VLMLoRA
 from pipelines.vlm.vocabulary import banned_ids, end_ids
 
@@ -79,6 +79,7 @@ class VLMPolicy:
 
     verbs = frozenset({"rollout", "decisions", "fit", "generate", "entropy", "values", "given"})
     load = staticmethod(loading.load_vlm)
+    fit_length = staticmethod(fit_length)
 
     def __init__(
         self,

@@ -15,6 +15,14 @@ from pipelines.vlm.media import Shelf
 from pipelines.vlm.prefix import Trace, joined_trace
 
 
+def fit_length(prompt: Prompt) -> int:
+    """About how long a row to learn from is, in characters, for putting like with like; pictures do not count."""
+    turns = [turn["content"] for turn in prompt.messages] or [prompt.text]
+    parts = [part for turn in turns for part in ([turn] if isinstance(turn, str) else turn)]
+    words = [part if isinstance(part, str) else str(part.get("text") or "") for part in parts]
+    return sum(map(len, words)) + len(str(prompt.metadata.get("response", prompt.target)))
+
+
 class Answers:
     """Turns samples with responses into traces.
 

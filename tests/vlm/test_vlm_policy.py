@@ -9,7 +9,10 @@ from PIL import Image
 from zoo.vlms import build_vlm
 from zoo.vlms.linear import qwen3_5
 
+from mmrl.algorithms.base import Context
+from mmrl.algorithms.supervised import Supervised
 from mmrl.errors import UserError
+from mmrl.tally import Clock, Tally
 from mmrl.types import Prompt, Rollout, Samples
 from pipelines import VLMLoRA, VLMPolicy
 from pipelines.vlm.decoding import Sampling, draw
@@ -316,6 +319,27 @@ def test_fit_is_the_library_s_loss(make, pair):
     counts = [len(policy.reader.answer_ids(text)) + 1 for text in (prompt.target, "two")]
     assert torch.allclose(total, loss * torch.tensor(counts), rtol=1e-5)
     assert torch.allclose(policy.fit(Samples([prompt, other], texts=[prompt.target, "two"])), loss)
+
+
+def test_supervised_micro_batches_hold_rows_of_like_length(own):
+    words = "the red circle is left of the blue square and above it"
+    prompts = [Prompt("what?", str(k), target=words if k % 2 else "red") for k in range(8)]
+
+    def learn(micro_batch_size):
+        policy, algorithm = own(), Supervised()
+        context = Context(policy, None, 0, micro_batch_size, Clock(), Tally())
+        (update,) = algorithm.updates(context, algorithm.collect(context, prompts, 0), 0)
+        for micro_batch in update.micro_batches:
+            assert len({prompt.target for prompt in micro_batch.prompts}) == 1 or micro_batch_size > 4
+            algorithm.loss(context, micro_batch).backward()
+        # Without pictures the tower has no gradient.
+        found = torch.cat([p.grad.flatten() for p in policy.parameters if p.grad is not None])
+        return found, policy.counters["forward_tokens"]
+
+    sorted_grad, sorted_tokens = learn(4)
+    whole_grad, whole_tokens = learn(8)
+    assert (sorted_grad - whole_grad).norm() < 1e-5 * whole_grad.norm()
+    assert sorted_tokens < whole_tokens
 
 
 def test_fit_explains_every_turn_of_the_assistant(make, pair):
