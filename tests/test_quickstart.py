@@ -35,7 +35,8 @@ def learn(name, tmp_path, steps, *overrides):
 @pytest.mark.slow
 def test_flow_grpo_learns(tmp_path):
     before, after = learn("image.yaml", tmp_path, 40)
-    assert after["shapes/mean"] > before["shapes/mean"] + 0.04
+    # Seen: 0.051 with this base model and seed.
+    assert after["shapes/mean"] > before["shapes/mean"] + 0.025
     # Diversity is the gauge of reward hacking: it must not pay for the score.
     assert after["diversity/mean"] > 0.7 * before["diversity/mean"]
 
