@@ -1,7 +1,7 @@
 """Times a GRPO step on a vision-language model: mmrl's Trainer and VLMPolicy against TRL's GRPOTrainer.
 
-    pip install --target /tmp/trl --no-deps trl datasets
-    OMP_NUM_THREADS=1 PYTHONPATH=/tmp/trl python benchmarks/vlm_step.py --setting A
+    pip install --target ../trl --no-deps trl datasets
+    OMP_NUM_THREADS=1 PYTHONPATH=../trl python benchmarks/vlm_step.py --setting A
 
 Both train the same saved weights (a random Qwen2.5-VL of 0.2 M parameters) on the same rows (a PNG and a question
 each) with the same reward, in one process and in turn: after every step of TRL comes one of mmrl. A step is all of

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from mmrl.config import Config, StageConfig, TrainerOptions
 from mmrl.data import load_prompts
-from mmrl.errors import UserError
+from mmrl.errors import UserError, located
 from mmrl.types import Prompt
-
-Argument = TypeVar("Argument")
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -31,8 +26,9 @@ def check(config: Config) -> list[StageData]:
     """
     found = []
     for stage in config.stages:
-        _explained(config.source, check_optimizer, stage.trainer)
-        found.append(_explained(config.source, load_stage_data, stage))
+        with located(config.source):
+            check_optimizer(stage.trainer)
+            found.append(load_stage_data(stage))
     return found
 
 
@@ -67,10 +63,3 @@ def check_optimizer(options: TrainerOptions) -> None:
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"trainer.optimizer_options: {options.optimizer} refuses them: {error}") from error
-
-
-def _explained(source: str, function: Callable[[Argument], Result], argument: Argument) -> Result:
-    try:
-        return function(argument)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from mmrl.errors import UserError, nearest
+from mmrl.errors import UserError, located, nearest
 from mmrl.options import (
     Strict,
     absolute_if_found,
@@ -101,7 +101,8 @@ def pipeline_component(data: Any, *, where: str, path: str, folders: Sequence[Pa
     model = validate(component_model("pipeline", name), find_paths(given, folders), where=where, path=path)
     hook = getattr(load_object(find("pipeline", name).target), "validate", None)
     if hook is not None:
-        _explain(where, hook, values(model))
+        with located(where):
+            hook(**values(model))
     return Component("pipeline", name, plain(model))
 
 
@@ -110,7 +111,8 @@ def algorithm_component(data: Any, *, where: str, path: str, folders: Sequence[P
     name, given = _split(data, "algorithm", where, path, folders)
     model = validate(component_model("algorithm", name), given, where=where, path=path)
     component = Component("algorithm", name, plain(model))
-    _explain(where, build_algorithm, {"component": component})
+    with located(where):
+        build_algorithm(component)
     return component
 
 
@@ -181,16 +183,6 @@ def _split(data: Any, kind: Kind, where: str, path: str, folders: Sequence[Path]
     place, colon, attribute = name.rpartition(":")
     if colon and place.endswith(".py"):
         name = f"{absolute_if_found(place, folders)}:{attribute}"
-    try:
+    with located(f"{where}: '{path}.type'"):
         load_object(find(kind, name).target)
-    except UserError as error:
-        raise UserError(f"{where}: '{path}.type': {error}") from error
     return name, {key: value for key, value in data.items() if key != "type"}
-
-
-def _explain(where: str, check: Any, keywords: Mapping[str, Any]) -> None:
-    """Run a component's own check; its sentence gets the file in front."""
-    try:
-        check(**keywords)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error

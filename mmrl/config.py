@@ -20,7 +20,7 @@ from mmrl.components import (
     pipeline_component,
     reward_component,
 )
-from mmrl.errors import UserError, nearest
+from mmrl.errors import UserError, located, nearest
 from mmrl.options import Strict, absolute_if_found, plain, validate
 from mmrl.overrides import (
     apply_override,
@@ -283,7 +283,9 @@ def check_fit(pipeline: Component, stage: StageConfig, where: str) -> None:
         )
     if isinstance(offered, (set, frozenset)) and hasattr(algorithm, "defaults_for"):
         # Written out, so that the plan and the run's own config say what an option that was not given stands for.
-        for key, value in _explained(where, algorithm.defaults_for, frozenset(offered)).items():
+        with located(where):
+            defaults = algorithm.defaults_for(frozenset(offered))
+        for key, value in defaults.items():
             if stage.algorithm.options[key] is None:
                 stage.algorithm.options[key] = value
     if algorithm.needs_rewards and not stage.rewards:
@@ -296,13 +298,6 @@ def check_fit(pipeline: Component, stage: StageConfig, where: str) -> None:
                     f"{where}: algorithm '{stage.algorithm.type}' needs gradients, which do not flow through reward "
                     f"'{reward.type}' (they do through {', '.join(sorted(able))})"
                 )
-
-
-def _explained(where: str, function: Any, argument: Any) -> Any:
-    try:
-        return function(argument)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 class _Head(Strict):

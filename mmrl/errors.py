@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -11,6 +12,15 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Inside, the sentence of a :class:`UserError` gets ``where`` in front."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

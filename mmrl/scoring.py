@@ -68,6 +68,11 @@ class LinearWeight:
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 
 
+def at_step(weight: float | LinearWeight, step: int) -> float:
+    """The weight at training step ``step``."""
+    return weight.at(step) if isinstance(weight, LinearWeight) else weight
+
+
 @dataclass(frozen=True)
 class Term:
     """One reward of a sum and how it enters: ``value = clamp(scale * score + offset, *clip)``, times ``weight``.
@@ -241,7 +246,7 @@ class Scorer:
         counts = [len(said(transcript)) for transcript in samples.transcripts]
         out = [[0.0] * count for count in counts]
         for name, term in terms.items():
-            weight = term.weight.at(step) if isinstance(term.weight, LinearWeight) else term.weight
+            weight = at_step(term.weight, step)
             rows = _rows_of(term, samples)
             for row, parts in zip(rows, term.reward.turns(samples[rows]) if rows else (), strict=True):
                 if len(parts) != counts[row] or not all(math.isfinite(part) for part in parts):
@@ -273,7 +278,7 @@ class Scorer:
         for name, term in self.terms.items():
             value = term.scale * each[name] + term.offset
             columns.append(value if term.clip is None else value.clamp(*term.clip))
-            weights.append(term.weight.at(step) if isinstance(term.weight, LinearWeight) else term.weight)
+            weights.append(at_step(term.weight, step))
             if term.gate is not None:
                 keep = keep & ~(each[name] <= term.gate)
         values = torch.stack(columns, dim=1)

@@ -7,8 +7,11 @@ directly or was resumed on the way, and on every device, since all draws happen 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 
 import torch
+
+from mmrl.types import Prompt
 
 
 def derive_seed(seed: int, *path: int | str) -> int:
@@ -20,3 +23,12 @@ def derive_seed(seed: int, *path: int | str) -> int:
 def generator(seed: int, *path: int | str) -> torch.Generator:
     """A CPU generator seeded by :func:`derive_seed`."""
     return torch.Generator("cpu").manual_seed(derive_seed(seed, *path))
+
+
+def prompt_keys(prompts: Sequence[Prompt]) -> Iterator[tuple[str, int]]:
+    """Name of each prompt and how often it came before, so that a repeated prompt draws other samples."""
+    seen: dict[str, int] = {}
+    for prompt in prompts:
+        name = prompt.id or prompt.text or (repr(prompt.messages) if prompt.messages else "")
+        yield name, seen.setdefault(name, 0)
+        seen[name] += 1

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrl.errors import UserError
-from mmrl.seeding import derive_seed, generator
+from mmrl.seeding import derive_seed, generator, prompt_keys
 from mmrl.types import Decisions, Prompt, Rollout, Rows, Samples
 from pipelines import adapters, latents, loading
 from pipelines.adapters import LoRA
@@ -183,7 +183,7 @@ class DiffusionPolicy:
         group, not on the batch it is in.
         """
         stochastic = () if self.kernel.step == "ode" else window_steps(self.window, self.num_steps, step, seed)
-        keys = list(_occurrences(prompts))
+        keys = list(prompt_keys(prompts))
         rows = [(g, k) for g in range(len(prompts)) for k in range(group_size)]
         starts = [derive_seed(seed, "start", *keys[g], 0 if self.same_noise else k) for g, k in rows]
         noises = [derive_seed(seed, "noise", *keys[g], k) for g, k in rows]
@@ -434,15 +434,6 @@ def check_step(step: StepKind, noise_level: float, seam: Seam) -> StepKind:
     if step in ("cps", "ddim") and noise_level > 1:
         raise UserError(f"noise_level {noise_level} is too large for step '{step}': use at most 1")
     return step
-
-
-def _occurrences(prompts: Sequence[Prompt]) -> Iterator[tuple[str, int]]:
-    """Name of each prompt and how often it came before, so that a repeated prompt draws other noise."""
-    seen: dict[str, int] = {}
-    for prompt in prompts:
-        name = prompt.id or prompt.text
-        yield name, seen.setdefault(name, 0)
-        seen[name] += 1
 
 
 def _samples(prompts: list[Prompt], pictures: Tensor, group: Tensor) -> Samples:

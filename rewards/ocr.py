@@ -18,22 +18,13 @@ from mmrl.scoring import describe_sample
 from mmrl.types import Prompt, Samples
 from rewards.encoders import Dtype
 from rewards.media import images_of
+from rewards.text_overlap import edit_distance
 from rewards.weights import first_line
 
 Count = Annotated[int, Field(gt=0)]
 
 # GOT-OCR ends its answer with this token, but its generation config names another.
 _END_OF_TURN = "<|im_end|>"
-
-
-def levenshtein(a: str, b: str) -> int:
-    """The fewest insertions, deletions and replacements of a character that turn ``a`` into ``b``."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
 
 
 def bare(text: str) -> str:
@@ -49,7 +40,7 @@ def text_score(read: str, wanted: str) -> float:
     read, wanted = bare(read), bare(wanted)
     if wanted in read:
         return 1.0
-    return 1 - min(levenshtein(read, wanted), len(wanted)) / len(wanted)
+    return 1 - min(edit_distance(read, wanted), len(wanted)) / len(wanted)
 
 
 def wanted_text(prompt: Prompt, where: str) -> str:

@@ -308,6 +308,10 @@ def write(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     pipe.transformer.half()
     pipe.vae.half()
     pipe.save_pretrained(folder, max_shard_size="3MB")
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+        saved = json.loads(file.read_text())
+        saved.pop("_name_or_path", None)  # where this machine had it
+        file.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
 
 
 def main(out: Path, seed: int = 0, overrides: Sequence[str] = ()) -> None:

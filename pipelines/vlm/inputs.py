@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,15 +237,6 @@ def join_tensors(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         elif isinstance(values[0], (list, tuple)):
             joined[key] = [item for value in values for item in value]
     return joined
-
-
-def prompt_keys(prompts: Sequence[Prompt]) -> Iterator[tuple[str, int]]:
-    """Name of each prompt and how often it came before, so that a repeated prompt draws other samples."""
-    seen: dict[str, int] = {}
-    for prompt in prompts:
-        name = prompt.id or prompt.text or repr(prompt.messages)
-        yield name, seen.setdefault(name, 0)
-        seen[name] += 1
 
 
 def _clip_options(processor: Any, clips: Sequence[Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrl.errors import UserError
-from mmrl.seeding import generator
+from mmrl.seeding import generator, prompt_keys
 from mmrl.types import Decisions, Prompt, Rollout, Samples
 from pipelines.adapters import LoRA
 from pipelines.loading import quiet
@@ -24,7 +24,7 @@ from pipelines.tools.toolbox import Toolbox
 from pipelines.vlm import given, loading, training
 from pipelines.vlm.decoding import Completions, Decoder, Sampling, widened
 from pipelines.vlm.dialogue import Dialogues
-from pipelines.vlm.inputs import Processed, Reader, prompt_keys
+from pipelines.vlm.inputs import Processed, Reader
 from pipelines.vlm.loading import LoadedVLM
 from pipelines.vlm.network import Network
 from pipelines.vlm.prefix import Trace, begin, text_trace

@@ -9,7 +9,8 @@ from mmrl.media import to_pil
 from mmrl.seeding import generator
 from mmrl.types import Prompt, Samples
 from rewards import load_reward
-from rewards.ocr import levenshtein, text_score, wanted_text
+from rewards.ocr import text_score, wanted_text
+from rewards.text_overlap import edit_distance
 
 
 @pytest.mark.parametrize(
@@ -23,8 +24,8 @@ from rewards.ocr import levenshtein, text_score, wanted_text
         ("intention", "execution", 5),
     ],
 )
-def test_levenshtein(a, b, distance):
-    assert levenshtein(a, b) == levenshtein(b, a) == distance
+def test_edit_distance(a, b, distance):
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pydantic import Field
 from mmrl import distributed
 from mmrl.algorithms.base import Context
 from mmrl.algorithms.experience import Batch
-from mmrl.scoring import LinearWeight
+from mmrl.scoring import LinearWeight, at_step
 from mmrl.seeding import generator
 from mmrl.types import Prompt
 
@@ -84,7 +84,7 @@ class PromptRecord:
             return 0.0
         if options.by == "variance":
             return variance + options.diversity * distinct
-        target = options.target.at(step) if isinstance(options.target, LinearWeight) else options.target
+        target = at_step(options.target, step)
         return math.exp(-(((mean - target) / options.width) ** 2) / 2)
 
     def observe(self, batch: Batch) -> None:
