@@ -116,9 +116,12 @@ def last_decision_rewards(scores: Tensor, mask: Tensor) -> Tensor:
     return rewards
 
 
-def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
-    """``G_t = r_t + gamma G_{t+1}`` ``[N, T]``; masked decisions take no part and do not discount."""
-    running = torch.zeros_like(rewards[:, 0])
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0, final_value: Tensor | None = None) -> Tensor:
+    """``G_t = r_t + gamma G_{t+1}`` ``[N, T]``; masked decisions take no part and do not discount.
+
+    After the last decision G is ``final_value`` ``[N]``: what was still to come where a time limit cut, 0 elsewhere.
+    """
+    running = torch.zeros_like(rewards[:, 0]) if final_value is None else final_value.to(rewards)
     out = torch.zeros_like(rewards)
     for t in reversed(range(rewards.shape[1])):
         running = torch.where(mask[:, t], rewards[:, t] + gamma * running, running)
@@ -127,17 +130,23 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Ten
 
 
 def generalized_advantages(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    final_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """GAE (arXiv 1506.02438): ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}``.
 
-    V and A are carried unchanged across masked decisions, such as the tokens of a tool; after the last one they are 0.
+    V and A are carried unchanged across masked decisions, such as the tokens of a tool. After the last one A is 0 and V
+    is ``final_value`` ``[N]``: 0 where the sample came to its end, the predicted return where a time limit cut it.
 
     Returns:
         Advantages and the returns ``A + V``, both ``[N, T]``, 0 where masked.
     """
-    following = torch.zeros_like(rewards[:, 0])
-    running = torch.zeros_like(following)
+    following = torch.zeros_like(rewards[:, 0]) if final_value is None else final_value.to(rewards)
+    running = torch.zeros_like(rewards[:, 0])
     out = torch.zeros_like(rewards)
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * following - values[:, t]

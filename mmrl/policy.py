@@ -109,10 +109,13 @@ class Parameters:
 
     Args:
         named: name to parameter; order fixes the order in the optimiser and in checkpoints.
+        buffers: name to tensor of what changes in training without a gradient, such as statistics of observations;
+            changed in place, kept in checkpoints, the same in every copy.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter]):
+    def __init__(self, named: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor] | None = None):
         self.named = dict(named)
+        self.buffers = dict(buffers or {})
         self.snapshots: dict[str, dict[str, Tensor]] = {}
 
     def __iter__(self) -> Iterator[nn.Parameter]:
@@ -149,14 +152,15 @@ class Parameters:
 
     def state(self) -> dict[str, Tensor]:
         """Name to tensor, for a checkpoint."""
-        return {key: p.detach() for key, p in self.named.items()}
+        return {key: tensor.detach() for key, tensor in (*self.named.items(), *self.buffers.items())}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Copy values in; raises ``ValueError`` when names or shapes differ."""
+        """Copy values in; raises ``ValueError`` when names or shapes differ. A copy without buffers leaves them."""
+        state = {**self.buffers, **state}
         check_same_shapes(self.state(), state)
-        for key, p in self.named.items():
-            p.copy_(state[key])
+        for key, tensor in self.state().items():
+            tensor.copy_(state[key])
 
 
 def check_same_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -233,17 +233,20 @@ class Scorer:
     def turns(self, samples: Samples, step: int = 0) -> list[list[float]] | None:
         """What each turn of the model earned of its sample's total; None where no reward says so.
 
-        A reward may have ``turns(samples)``: per sample one number for each turn of the model, the part of its score
-        that this turn earned. They are weighted and scaled like the score; what they leave of the total belongs to the
-        last turn.
+        Turns are those of a dialogue or of an episode. A reward may have ``turns(samples)``: per sample one number for
+        each turn of the model, the part of its score that this turn earned. They are weighted and scaled like the
+        score; what they leave of the total belongs to the last turn.
 
         Raises:
             RewardError: not one finite number for each turn.
         """
         terms = {name: term for name, term in self.terms.items() if hasattr(term.reward, "turns") and term.weight != 0}
-        if not terms or samples.transcripts is None:
+        if not terms or (samples.transcripts is None and samples.episodes is None):
             return None
-        counts = [len(said(transcript)) for transcript in samples.transcripts]
+        if samples.episodes is not None:
+            counts = [episode.turns for episode in samples.episodes]
+        else:
+            counts = [len(said(transcript)) for transcript in samples.transcripts]
         out = [[0.0] * count for count in counts]
         for name, term in terms.items():
             weight = at_step(term.weight, step)

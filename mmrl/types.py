@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,8 +64,21 @@ def _join(values: Sequence[Any]) -> Any:
     return type(first).cat(values)
 
 
+def widened(values: Tensor, width: int, axis: int = 1) -> Tensor:
+    """``values`` with zeros at the end of ``axis`` up to ``width``."""
+    missing = width - values.shape[axis]
+    return values if missing == 0 else pad(values, (*[0, 0] * (values.ndim - 1 - axis), 0, missing))
+
+
 class Rows:
-    """Row-wise indexing and joining for dataclasses whose every field is aligned on the sample axis."""
+    """Row-wise indexing and joining for dataclasses whose every field is aligned on the sample axis.
+
+    Attributes:
+        ragged: names of tensors whose size along an axis may differ from part to part, each with that axis; joining
+            fills the shorter ones up with zeros.
+    """
+
+    ragged: ClassVar[Mapping[str, int]] = {}
 
     def __getitem__(self, index: slice | Tensor | Sequence[int]):
         if isinstance(index, slice):
@@ -79,7 +92,47 @@ class Rows:
         """Join row-wise; all parts must have the same fields set."""
         if len(parts) == 1:
             return parts[0]
-        return cls(**{f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        for name, axis in cls.ragged.items():
+            if columns[name][0] is not None:
+                width = max(value.shape[axis] for value in columns[name])
+                columns[name] = [widened(value, width, axis) for value in columns[name]]
+        return cls(**{name: _join(values) for name, values in columns.items()})
+
+
+@dataclass(eq=False)
+class Episode:
+    """One run of an environment in C turns; in a turn the policy commits to up to H actions of D numbers.
+
+    Attributes:
+        rewards: float32 ``[C, H]``, the environment's reward for each action; 0 where none was executed.
+        executed: long ``[C]``, actions executed in each turn, at least 1.
+        actions: float32 ``[C, H, D]`` as the environment got them.
+        success: whether the environment ever said that its task is done.
+        terminated: the environment came to an end of its own, not by a time limit.
+        states: float32 ``[C + 1, S]``, what the environment says of its state before each turn and at the end.
+        frames: uint8 ``[C + 1, 3, h, w]``, pictures at the same moments, where they were recorded.
+        info: numbers that the environment gave at the end.
+    """
+
+    rewards: Tensor
+    executed: Tensor
+    actions: Tensor
+    success: bool
+    terminated: bool
+    states: Tensor | None = None
+    frames: Tensor | None = None
+    info: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def turns(self) -> int:
+        """Turns that were taken."""
+        return len(self.executed)
+
+    @property
+    def steps(self) -> int:
+        """Actions that were executed."""
+        return int(self.executed.sum())
 
 
 @dataclass(eq=False)
@@ -91,7 +144,7 @@ class Samples(Rows):
         texts: N completions.
         images: ``[N, 3, H, W]`` in [0, 1].
         videos: ``[N, F, 3, H, W]`` in [0, 1].
-        episodes: N episode records.
+        episodes: N runs of an environment.
         truncated: bool ``[N]``, set where the output was cut by a length or time limit.
         lengths: long ``[N]``, tokens (or environment steps) of each output.
         sizes: per sample the (height, width) of its prompt's pictures as the model saw them; boxes that are given in
@@ -104,7 +157,7 @@ class Samples(Rows):
     texts: list[str] | None = None
     images: Tensor | None = None
     videos: Tensor | None = None
-    episodes: list[Any] | None = None
+    episodes: list[Episode] | None = None
     truncated: Tensor | None = None
     lengths: Tensor | None = None
     sizes: list[list[tuple[int, int]]] | None = None
@@ -127,6 +180,11 @@ class Rollout(Rows):
         trace: the policy's private record to replay from; indexes and joins like the rollout itself.
         mean: means ``[N, T, ...]`` of Gaussian decisions under the behaviour policy, kept only when asked for.
         value: ``[N, T]`` predicted return at each decision, from a policy with a value head.
+        turn: long ``[N, T]``, from policies whose output is made in turns of several decisions each, such as the
+            denoising steps of a chunk of actions: the turn that a decision belongs to, counted from 0. Returns and
+            advantages are then those of turns, and the decisions of a turn share them.
+        final_value: ``[N]`` predicted return after the last decision, 0 where the output came to its natural end; from
+            a policy with a value head whose outputs a time limit may cut.
     """
 
     samples: Samples
@@ -136,25 +194,13 @@ class Rollout(Rows):
     trace: Any = None
     mean: Tensor | None = None
     value: Tensor | None = None
+    turn: Tensor | None = None
+    final_value: Tensor | None = None
+
+    ragged: ClassVar[Mapping[str, int]] = {"logp": 1, "mask": 1, "mean": 1, "value": 1, "turn": 1}
 
     def __len__(self) -> int:
         return len(self.samples)
-
-    @classmethod
-    def cat(cls, parts: Sequence[Rollout]) -> Rollout:
-        """Join row-wise; parts with fewer decisions than the longest get masked ones at the end."""
-        width = max(part.logp.shape[1] for part in parts)
-        return super().cat([part._widened(width) for part in parts])
-
-    def _widened(self, width: int) -> Rollout:
-        missing = width - self.logp.shape[1]
-        if missing == 0:
-            return self
-        wide = {
-            name: None if getattr(self, name) is None else pad(getattr(self, name), (0, missing))
-            for name in ("logp", "mask", "value")
-        }
-        return replace(self, **wide)
 
 
 @dataclass(eq=False)

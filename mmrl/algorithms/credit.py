@@ -65,15 +65,11 @@ class Credit:
         returns = None
         if self.method in PER_DECISION:
             total = scores.total.detach().cpu().float()
-            earned = torch.zeros(mask.shape) if turns is None else turn_rewards(turns, rollout.mask.cpu()) * mask
+            earned = torch.zeros(mask.shape) if turns is None else _earned(turns, rollout) * mask
             rewards = last_decision_rewards(total - earned.sum(1), mask) + earned
             if penalty is not None:
                 rewards = rewards - penalty.cpu() * mask
-            if self.method == "gae":
-                values = torch.where(mask, rollout.value.cpu().float(), 0.0)
-                advantage, returns = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
-            else:
-                advantage = discounted_returns(rewards, mask, self.gamma)
+            advantage, returns = self._per_decision(rewards, rollout, mask)
         else:
             per_sample = self._per_sample(scores, rollout, mask, penalty, baseline)
             if self.soft != (0.0, 0.0):
@@ -86,6 +82,21 @@ class Credit:
         if self.clip is not None:
             advantage = advantage.clamp(-self.clip, self.clip)
         return advantage, returns
+
+    def _per_decision(self, rewards: Tensor, rollout: Rollout, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Advantages and returns ``[N, T]``; where decisions belong to turns, those of their turn."""
+        turns = None if rollout.turn is None else Turns(rollout.turn.cpu(), mask)
+        where = mask if turns is None else turns.mask
+        if turns is not None:
+            rewards = turns.summed(rewards)
+        final = None if rollout.final_value is None else rollout.final_value.cpu().float()
+        if self.method == "gae":
+            values = torch.where(mask, rollout.value.cpu().float(), 0.0)
+            values = values if turns is None else turns.first(values)
+            found = generalized_advantages(rewards, values, where, self.gamma, self.lam, final)
+        else:
+            found = discounted_returns(rewards, where, self.gamma, final), None
+        return found if turns is None else tuple(None if x is None else turns.spread(x) for x in found)
 
     def _per_sample(
         self, scores: Scores, rollout: Rollout, mask: Tensor, penalty: Tensor | None, baseline: Tensor | None
@@ -109,9 +120,45 @@ class Credit:
         return out[rank * rows : (rank + 1) * rows]
 
 
-def turn_rewards(turns: Sequence[Sequence[float]], mask: Tensor) -> Tensor:
-    """Rewards ``[N, T]``: each turn's at the last of its tokens. ``mask`` is that of the model's tokens."""
-    numbers = turn_numbers(mask)
+def _earned(turns: Sequence[Sequence[float]], rollout: Rollout) -> Tensor:
+    return turn_rewards(turns, rollout.mask.cpu(), None if rollout.turn is None else rollout.turn.cpu())
+
+
+class Turns:
+    """Between decisions ``[N, T]`` and the C turns ``[N, C]`` that they belong to.
+
+    Args:
+        turn: long ``[N, T]``.
+        mask: bool ``[N, T]``, the decisions that count; a turn counts if one of its decisions does.
+    """
+
+    def __init__(self, turn: Tensor, mask: Tensor):
+        self.turn, self.decisions = turn, mask
+        self.mask = torch.zeros(len(turn), int(turn.max()) + 1).scatter_add_(1, turn, mask.float()) > 0
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Sum ``[N, C]`` of the values of each turn's decisions that count."""
+        return torch.zeros(self.mask.shape).scatter_add_(1, self.turn, values * self.decisions)
+
+    def first(self, values: Tensor) -> Tensor:
+        """The value ``[N, C]`` of the first decision of each turn that counts."""
+        columns = torch.arange(self.turn.shape[1]).expand_as(self.turn)
+        place = torch.where(self.decisions, columns, columns.shape[1])
+        first = torch.full(self.mask.shape, columns.shape[1]).scatter_reduce_(1, self.turn, place, "amin")
+        return torch.where(self.mask, values.gather(1, first.clamp(max=columns.shape[1] - 1)), 0.0)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Each decision's share ``[N, T]`` in ``values [N, C]``: all of it, 0 where it does not count."""
+        return values.gather(1, self.turn) * self.decisions
+
+
+def turn_rewards(turns: Sequence[Sequence[float]], mask: Tensor, numbers: Tensor | None = None) -> Tensor:
+    """Rewards ``[N, T]``: each turn's at the last of its decisions.
+
+    ``mask`` is that of the model's decisions; ``numbers`` ``[N, T]`` says which turn each belongs to, and without it
+    turns are the runs of tokens that the mask leaves.
+    """
+    numbers = turn_numbers(mask) if numbers is None else torch.where(mask, numbers, -1)
     rewards = torch.zeros(mask.shape)
     for row, earned in enumerate(turns):
         for turn, reward in enumerate(earned):

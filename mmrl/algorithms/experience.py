@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mmrl.advantages import constant_groups
 from mmrl.algorithms.base import Context
@@ -120,21 +120,10 @@ class Experience(Rows):
     reference_logp: Tensor | None = None
     returns: Tensor | None = None
 
+    ragged: ClassVar[Mapping[str, int]] = {"advantage": 1, "mask": 1, "factor": 1, "reference_logp": 1, "returns": 1}
+
     def __len__(self) -> int:
         return len(self.rollout)
-
-    def widened(self, width: int) -> Experience:
-        """With masked decisions at the end up to ``width``."""
-        missing = width - self.mask.shape[1]
-        names = ("advantage", "mask", "factor", "reference_logp", "returns")
-        found = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: None if x is None else pad(x, (0, missing)) for name, x in found.items()})
-
-    @classmethod
-    def cat(cls, parts: Sequence[Experience]) -> Experience:
-        """Join row-wise; parts with fewer decisions than the longest get masked ones at the end."""
-        width = max(part.mask.shape[1] for part in parts)
-        return super().cat([part.widened(width) for part in parts])
 
 
 def replay(context: Context, rollout: Rollout) -> Decisions:
@@ -143,9 +132,9 @@ def replay(context: Context, rollout: Rollout) -> Decisions:
     with torch.no_grad(), context.clock("rollout"):
         for rows in row_chunks(len(rollout), context.micro_batch_size):
             found = context.policy.decisions(rollout[rows])
-            parts.append(Decisions(*[None if x is None else x.cpu() for x in (found.logp, *[None] * 4, found.entropy)]))
-    entropy = None if parts[0].entropy is None else torch.cat([part.entropy for part in parts])
-    return Decisions(torch.cat([part.logp for part in parts]), entropy=entropy)
+            parts.append((found.logp.cpu(), None if found.entropy is None else found.entropy.cpu()))
+    logp, entropy = zip(*parts, strict=True)
+    return Decisions(torch.cat(logp), entropy=None if entropy[0] is None else torch.cat(entropy))
 
 
 def reference_logp(context: Context, rollout: Rollout) -> Tensor:

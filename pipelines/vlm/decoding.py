@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.types import widened
 from pipelines.vlm.network import Network
 from pipelines.vlm.prefix import select_rows
 from pipelines.vlm.token_logps import scaled_logits
@@ -193,9 +194,3 @@ def draw(scaled: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     # The target is below the total, however it is rounded, so that the place has a probability; unless all is NaN.
     place = torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[-1] - 1)
     return place[:, 0] if ids is None else ids.gather(-1, place)[:, 0]
-
-
-def widened(values: Tensor, width: int) -> Tensor:
-    """``[N, t]`` with zeros up to ``[N, width]``."""
-    missing = width - values.shape[1]
-    return values if missing == 0 else torch.nn.functional.pad(values, (0, missing))

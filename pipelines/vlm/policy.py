@@ -16,13 +16,13 @@ from torch import Tensor
 
 from mmrl.errors import UserError
 from mmrl.seeding import generator, prompt_keys
-from mmrl.types import Decisions, Prompt, Rollout, Samples
+from mmrl.types import Decisions, Prompt, Rollout, Samples, widened
 from pipelines.adapters import LoRA
 from pipelines.loading import quiet
 from pipelines.tools import build_tools
 from pipelines.tools.toolbox import Toolbox
 from pipelines.vlm import given, loading, training
-from pipelines.vlm.decoding import Completions, Decoder, Sampling, widened
+from pipelines.vlm.decoding import Completions, Decoder, Sampling
 from pipelines.vlm.dialogue import Dialogues
 from pipelines.vlm.inputs import Processed, Reader
 from pipelines.vlm.loading import LoadedVLM

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mmrl.types import Rows
 from pipelines.vlm.inputs import Processed, Reader
@@ -36,19 +35,10 @@ class Trace(Rows):
     types: Tensor
     media: list[list[Media]]
 
+    ragged: ClassVar[Mapping[str, int]] = {"tokens": 1, "positions": 2, "types": 1}
+
     def __len__(self) -> int:
         return len(self.prompts)
-
-    @classmethod
-    def cat(cls, parts: Sequence[Trace]) -> Trace:
-        """Join row-wise; shorter parts are filled up to the longest."""
-        width = max(part.tokens.shape[1] for part in parts)
-        wide = []
-        for part in parts:
-            fill = (0, width - part.tokens.shape[1])
-            tensors = {name: pad(getattr(part, name), fill) for name in ("tokens", "positions", "types")}
-            wide.append(replace(part, **tensors))
-        return super().cat(wide)
 
     def live(self, length: int) -> Tensor:
         """Bool ``[N, length]``: which tokens are there."""
