@@ -32,6 +32,7 @@ REWARDS: dict[str, tuple[str, str]] = {
         "rewards.text_overlap:EditDistance",
         "edit distance of the answer to the true text, by characters or words",
     ),
+    "episode_return": ("rewards.robot:EpisodeReturn", "sum of the environment's rewards, credited turn by turn"),
     "exact": ("rewards.answers:Exact", "whether the answer is the true text"),
     "format": ("rewards.text_shape:Format", "whether a text is think and answer tags, or others, and nothing else"),
     "gui_action": ("rewards.answers:GuiAction", "kind, place and text of an action on a screen (GUI-R1)"),
@@ -74,6 +75,7 @@ REWARDS: dict[str, tuple[str, str]] = {
     "rouge": ("rewards.text_overlap:Rouge", "ROUGE of the answer, by rouge-score"),
     "salient_boxes": ("rewards.geometry_boxes:SalientBoxes", "overlap with boxes of which some matter more (GRiP)"),
     "shapes": ("rewards.shapes:Shapes", "exact check of colour, shape, count and position in pictures of plain shapes"),
+    "success": ("rewards.robot:Success", "whether the environment said that its task is done"),
     "temporal_iou": (
         "rewards.geometry_points:TemporalIou",
         "overlap of the interval of time in an answer with the true one",

@@ -1,0 +1,44 @@
+"""Rewards of runs of an environment: what it says itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmrl.errors import UserError
+from mmrl.types import Episode, Samples
+
+
+def episodes_of(samples: Samples, name: str) -> list[Episode]:
+    """The episodes; ``UserError`` if the samples are something else."""
+    if samples.episodes is None:
+        raise UserError(f"reward '{name}' scores episodes of an environment, but the samples have none")
+    return samples.episodes
+
+
+class Success:
+    """1 for an episode in which the environment said that its task is done, else 0."""
+
+    name = "success"
+    differentiable = False
+    partial = False
+
+    def __call__(self, samples: Samples) -> Tensor:
+        """``[N]``."""
+        return torch.tensor([float(episode.success) for episode in episodes_of(samples, self.name)])
+
+
+class EpisodeReturn:
+    """Sum of the environment's rewards."""
+
+    name = "episode_return"
+    differentiable = False
+    partial = False
+
+    def __call__(self, samples: Samples) -> Tensor:
+        """``[N]``."""
+        return torch.tensor([sum(parts) for parts in self.turns(samples)], dtype=torch.float32)
+
+    def turns(self, samples: Samples) -> list[list[float]]:
+        """What each turn brought in, for credit turn by turn (see :meth:`mmrl.scoring.Scorer.turns`)."""
+        return [episode.rewards.double().sum(1).tolist() for episode in episodes_of(samples, self.name)]
