@@ -18,12 +18,17 @@ KLGradient = Literal["value", "k2"]
 
 
 def clipped_loss(
-    ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+    ratio: Tensor,
+    advantage: Tensor,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    dual_clip: float | None = None,
 ) -> Tensor:
     """PPO's pessimistic clip (arXiv 1707.06347) with separate bounds (DAPO, arXiv 2503.14476).
 
-    ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``; with ``dual_clip=c`` (> 1) the loss of a negative advantage
-    is at most ``-c A`` (arXiv 1912.09729). That is also what INTELLECT-2's two-sided ``delta = c`` does.
+    ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``; the bounds may be ``[N, t]``. With ``dual_clip=c`` (> 1) the
+    loss of a negative advantage is at most ``-c A`` (arXiv 1912.09729). That is also what INTELLECT-2's two-sided
+    ``delta = c`` does.
     """
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high))
     if dual_clip is not None:
@@ -31,7 +36,7 @@ def clipped_loss(
     return loss
 
 
-def clipped_fraction(ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
+def clipped_fraction(ratio: Tensor, advantage: Tensor, clip_low: float | Tensor, clip_high: float | Tensor) -> Tensor:
     """1.0 where the clip stops the gradient, else 0.0."""
     return (((ratio > 1 + clip_high) & (advantage > 0)) | ((ratio < 1 - clip_low) & (advantage < 0))).float()
 
@@ -56,7 +61,7 @@ def soft_clipped_loss(ratio: Tensor, advantage: Tensor, positive: float = 1.0, n
 
 
 def geometric_mean_loss(
-    log_ratio: Tensor, advantage: Tensor, mask: Tensor, clip_low: float, clip_high: float
+    log_ratio: Tensor, advantage: Tensor, mask: Tensor, clip_low: float | Tensor, clip_high: float | Tensor
 ) -> Tensor:
     """GMPO (arXiv 2507.20673): minus A times the geometric mean of a sample's clipped ratios, for each decision.
 
@@ -159,13 +164,23 @@ def importance_weights(
     return torch.where((weight >= minimum) & (weight <= maximum), weight, 0.0)
 
 
-def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip: float | None) -> Tensor:
-    """PPO's value loss per decision: ``max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2``, unclipped for None."""
-    loss = (value - returns).square()
+def value_loss(
+    value: Tensor, old_value: Tensor, returns: Tensor, clip: float | None, huber: float | None = None
+) -> Tensor:
+    """PPO's value loss per decision: ``max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2``, unclipped for None.
+
+    With ``huber=d`` an error e beyond d costs ``d (|e| - d / 2)`` in place of ``e^2 / 2``.
+    """
+    loss = _half_square(value - returns, huber)
     if clip is not None:
         clipped = old_value + (value - old_value).clamp(-clip, clip)
-        loss = torch.maximum(loss, (clipped - returns).square())
-    return loss / 2
+        loss = torch.maximum(loss, _half_square(clipped - returns, huber))
+    return loss
+
+
+def _half_square(error: Tensor, huber: float | None) -> Tensor:
+    half = error.square() / 2
+    return half if huber is None else torch.where(error.abs() <= huber, half, huber * (error.abs() - huber / 2))
 
 
 def aggregation_weights(

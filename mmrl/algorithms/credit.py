@@ -20,7 +20,7 @@ from mmrl.advantages import (
     soft_advantages,
     whiten,
 )
-from mmrl.dialogue import turn_numbers
+from mmrl.algorithms.turns import Turns, turn_rewards
 from mmrl.scoring import Scores
 from mmrl.types import Rollout
 
@@ -122,48 +122,3 @@ class Credit:
 
 def _earned(turns: Sequence[Sequence[float]], rollout: Rollout) -> Tensor:
     return turn_rewards(turns, rollout.mask.cpu(), None if rollout.turn is None else rollout.turn.cpu())
-
-
-class Turns:
-    """Between decisions ``[N, T]`` and the C turns ``[N, C]`` that they belong to.
-
-    Args:
-        turn: long ``[N, T]``.
-        mask: bool ``[N, T]``, the decisions that count; a turn counts if one of its decisions does.
-    """
-
-    def __init__(self, turn: Tensor, mask: Tensor):
-        self.turn, self.decisions = turn, mask
-        self.mask = torch.zeros(len(turn), int(turn.max()) + 1).scatter_add_(1, turn, mask.float()) > 0
-
-    def summed(self, values: Tensor) -> Tensor:
-        """Sum ``[N, C]`` of the values of each turn's decisions that count."""
-        return torch.zeros(self.mask.shape).scatter_add_(1, self.turn, values * self.decisions)
-
-    def first(self, values: Tensor) -> Tensor:
-        """The value ``[N, C]`` of the first decision of each turn that counts."""
-        columns = torch.arange(self.turn.shape[1]).expand_as(self.turn)
-        place = torch.where(self.decisions, columns, columns.shape[1])
-        first = torch.full(self.mask.shape, columns.shape[1]).scatter_reduce_(1, self.turn, place, "amin")
-        return torch.where(self.mask, values.gather(1, first.clamp(max=columns.shape[1] - 1)), 0.0)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Each decision's share ``[N, T]`` in ``values [N, C]``: all of it, 0 where it does not count."""
-        return values.gather(1, self.turn) * self.decisions
-
-
-def turn_rewards(turns: Sequence[Sequence[float]], mask: Tensor, numbers: Tensor | None = None) -> Tensor:
-    """Rewards ``[N, T]``: each turn's at the last of its decisions.
-
-    ``mask`` is that of the model's decisions; ``numbers`` ``[N, T]`` says which turn each belongs to, and without it
-    turns are the runs of tokens that the mask leaves.
-    """
-    numbers = turn_numbers(mask) if numbers is None else torch.where(mask, numbers, -1)
-    rewards = torch.zeros(mask.shape)
-    for row, earned in enumerate(turns):
-        for turn, reward in enumerate(earned):
-            places = (numbers[row] == turn).nonzero().flatten()
-            # A turn of which nothing is left, being cut, has nowhere to put its reward.
-            if len(places):
-                rewards[row, places[-1]] = reward
-    return rewards

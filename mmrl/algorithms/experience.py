@@ -109,6 +109,7 @@ class Experience(Rows):
         advantage: float32 ``[N, T]`` on the CPU, 0 where masked.
         mask: bool ``[N, T]`` on the CPU: decisions that the loss counts.
         factor: ``[N, T]`` multiplies the policy term alone, not KL, entropy or value; None is 1.
+        clip_scale: ``[N, T]`` multiplies the clip range of each decision; None is 1.
         reference_logp: ``[N, T]`` under the reference, where it was needed already.
         returns: ``[N, T]`` targets of the value head.
     """
@@ -117,10 +118,13 @@ class Experience(Rows):
     advantage: Tensor
     mask: Tensor
     factor: Tensor | None = None
+    clip_scale: Tensor | None = None
     reference_logp: Tensor | None = None
     returns: Tensor | None = None
 
-    ragged: ClassVar[Mapping[str, int]] = {"advantage": 1, "mask": 1, "factor": 1, "reference_logp": 1, "returns": 1}
+    ragged: ClassVar[Mapping[str, int]] = dict.fromkeys(
+        ("advantage", "mask", "factor", "clip_scale", "reference_logp", "returns"), 1
+    )
 
     def __len__(self) -> int:
         return len(self.rollout)

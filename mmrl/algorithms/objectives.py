@@ -67,6 +67,7 @@ class Objective:
         advantage: Tensor,
         old_mean: Tensor | None = None,
         centre: Tensor | None = None,
+        clip_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Loss per decision and the ratio it was made from, both ``[n, t]``.
 
@@ -75,9 +76,12 @@ class Objective:
             old_logp, mask, advantage: ``[n, t]``; the policy that acted, what counts, and the advantage.
             old_mean: ``[n, t, ...]`` for ``guard`` and ``dppo``.
             centre: ``[n, 1]`` mean log-ratio of each sample's group, for ``regression``.
+            clip_scale: ``[n, t]`` multiplies both clip bounds.
         """
         logp = decisions.logp
         low, high = self.bounds(decisions.mean is not None)
+        if clip_scale is not None:
+            low, high = low * clip_scale, high * clip_scale
         if self.name == "gspo":
             ratio = losses.sequence_log_ratio(logp, old_logp, mask).exp()
         elif self.name == "gspo_token":

@@ -31,6 +31,7 @@ from mmrl.algorithms.hooks.rethinking import Rethinking
 from mmrl.algorithms.objectives import Objective, ObjectiveName, default_clip_range
 from mmrl.algorithms.policy_loss import KLName, MicroBatch, PolicyLoss
 from mmrl.algorithms.regularisers import EntropyBonus, EntropyTarget, Importance, ValueHead, top_entropy_mask
+from mmrl.algorithms.turns import ClipSchedule, discount_factor, turns_of
 from mmrl.errors import UserError
 from mmrl.policy import VERB_HELP
 from mmrl.types import Prompt, Rollout
@@ -49,6 +50,9 @@ class PolicyGradient:
             elements, and 0.2 for tokens (gspo 3e-4, gmpo 0.4 on the log-ratio).
         clip_range_high: upper bound; the same when only the other is given (gspo on tokens: 4e-4).
         dual_clip: bound on the loss of negative advantages, as a multiple (> 1).
+        clip_schedule: tighter clip bounds for the first decisions of a turn (DPPO); a picture is one turn.
+        decision_discount: the policy term of a decision is multiplied by this for every decision of its turn that is
+            still to come (DPPO's denoising discount).
         ratio_bounds: clamp of CISPO's weight, on the ratio itself.
         sapo_temperatures: of positive and of other advantages.
         regression_scale: of the log-ratio in Reg-GRPO.
@@ -106,6 +110,8 @@ class PolicyGradient:
         clip_range: Annotated[float, Field(gt=0)] | None = None,
         clip_range_high: Annotated[float, Field(gt=0)] | None = None,
         dual_clip: Annotated[float, Field(gt=1)] | None = None,
+        clip_schedule: ClipSchedule | None = None,
+        decision_discount: Annotated[float, Field(gt=0, le=1)] = 1.0,
         ratio_bounds: tuple[float, float] = (0.0, 5.0),
         sapo_temperatures: tuple[float, float] = (1.0, 1.05),
         regression_scale: Annotated[float, Field(gt=0)] = 1.0,
@@ -151,6 +157,10 @@ class PolicyGradient:
             raise UserError(f"algorithm.kl_in is reward, but advantage '{advantage}' has no single reward: use loss")
         if replay is not None and (advantage in PER_DECISION or whiten):
             raise UserError(f"algorithm.replay keeps one advantage a sample, which '{advantage}' here has not")
+        if replay is not None and (clip_schedule is not None or decision_discount < 1):
+            raise UserError(
+                "algorithm.replay keeps answers in tokens, which have no clip_schedule or decision_discount"
+            )
         self.group_size = group_size
         self.objective = Objective(
             objective,
@@ -162,6 +172,8 @@ class PolicyGradient:
             sapo_temperatures,
             regression_scale,
         )
+        self.clip_schedule = clip_schedule
+        self.decision_discount = decision_discount
         self.aggregation = aggregation
         self.block_rows = block_rows or group_size
         self.max_decisions = max_decisions
@@ -277,7 +289,12 @@ class PolicyGradient:
         alive = torch.zeros(groups).index_add_(0, rollout.group.cpu(), advantage.abs().sum(1)) > 0
         context.tally.mean("groups/without_signal", (~alive).float())
         rollout, factor = self._factor(context, rollout, mask)
-        return Experience(rollout, advantage, mask, factor, reference, returns)
+        place, count = turns_of(rollout, mask).places()
+        if self.decision_discount < 1:
+            discounts = discount_factor(place, count, self.decision_discount)
+            factor = discounts if factor is None else factor * discounts
+        clip_scale = None if self.clip_schedule is None else self.clip_schedule.scale(place, count)
+        return Experience(rollout, advantage, mask, factor, clip_scale, reference, returns)
 
     def _factor(self, context: Context, rollout: Rollout, mask: Tensor) -> tuple[Rollout, Tensor | None]:
         """What multiplies the policy term, and the rollout with the log-probs that ratios are to be taken against."""

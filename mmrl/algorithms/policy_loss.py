@@ -67,7 +67,8 @@ class PolicyLoss:
 
         old_mean = rollout.mean[:, columns].to(device) if self.objective.needs_means else None
         centre = micro_batch.centre.to(device)
-        policy_loss, ratio = self.objective(decisions, old_logp, mask, advantage, old_mean, centre)
+        clip_scale = None if batch.clip_scale is None else batch.clip_scale[:, columns].to(device)
+        policy_loss, ratio = self.objective(decisions, old_logp, mask, advantage, old_mean, centre, clip_scale)
         if batch.factor is not None:
             policy_loss = policy_loss * batch.factor[:, columns].to(device)
         loss = (weight * policy_loss).sum()
@@ -91,6 +92,8 @@ class PolicyLoss:
         if micro_batch.first:
             tally.max("ratio/max_abs_dev", (ratio - 1).abs())
         low, high = self.objective.bounds(decisions.mean is not None)
+        if clip_scale is not None:
+            low, high = low * clip_scale, high * clip_scale
         tally.mean("ratio/clip_fraction", losses.clipped_fraction(ratio, advantage, low, high), mask.float())
         tally.mean("kl", kl, weight)
         tally.mean("loss", policy_loss, weight)

@@ -108,14 +108,16 @@ class ValueHead:
     Attributes:
         coef: weight in the loss.
         clip: bound on how far a prediction may move before it stops counting as progress; null for none.
+        huber: error from which the loss grows linearly instead of quadratically; null for never.
     """
 
     coef: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] | None = 0.2
+    huber: Annotated[float, Field(gt=0)] | None = None
 
     def loss(self, decisions: Decisions, old_value: Tensor, returns: Tensor) -> Tensor:
         """``[n, t]``."""
-        return losses.value_loss(decisions.value, old_value, returns, self.clip)
+        return losses.value_loss(decisions.value, old_value, returns, self.clip, self.huber)
 
 
 def top_entropy_mask(entropy: Tensor, mask: Tensor, share: float) -> Tensor:

@@ -111,8 +111,8 @@ class ReplayBuffer:
             rollout,
             advantage,
             mask,
-            None if experience.factor is None else mask.float(),
-            None if experience.reference_logp is None else reference_logp(context, rollout),
+            factor=None if experience.factor is None else mask.float(),
+            reference_logp=None if experience.reference_logp is None else reference_logp(context, rollout),
         )
         joined = Experience.cat([experience, old])
         order = torch.arange(len(experience))
