@@ -159,7 +159,7 @@ class PolicyGradient:
             raise UserError(f"algorithm.replay keeps one advantage a sample, which '{advantage}' here has not")
         if replay is not None and (clip_schedule is not None or decision_discount < 1):
             raise UserError(
-                "algorithm.replay keeps answers in tokens, which have no clip_schedule or decision_discount"
+                "algorithm.replay keeps tokens, which have no clip_schedule or decision_discount"
             )
         self.group_size = group_size
         self.objective = Objective(
