@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,18 +55,27 @@ def exchange_device() -> str:
 
 def gather_ragged(rows: Tensor) -> Tensor:
     """Rows of all processes in rank order, on the CPU, where processes may bring different numbers of them."""
-    if world_size() == 1:
-        return rows.cpu()
-    return torch.cat(gather_objects(rows.cpu()))
+    return torch.cat(_gather_parts(rows))
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """One picklable value of each process, in rank order."""
+def gather_values(value: Any) -> list[Any]:
+    """One value of each process, in rank order; of what JSON can hold, which is how it travels."""
     if world_size() == 1:
         return [value]
-    parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, value)
-    return parts
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(bytes(part.tolist())) for part in _gather_parts(text)]
+
+
+def _gather_parts(rows: Tensor) -> list[Tensor]:
+    """The rows of each process, on the CPU."""
+    if world_size() == 1:
+        return [rows.cpu()]
+    counts = gather_rows(torch.tensor([len(rows)])).tolist()
+    if max(counts) == 0:
+        return [rows.cpu() for _ in counts]
+    padding = rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])
+    everyone = gather_rows(torch.cat([rows, padding])[None]).cpu()
+    return [part[:count] for part, count in zip(everyone, counts, strict=True)]
 
 
 @torch.no_grad()

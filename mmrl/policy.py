@@ -11,13 +11,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mmrl.types import Decisions, Prompt, Rollout, Samples
+from mmrl.types import Decisions, Denoising, Prompt, Rollout, Samples
 
 VERB_HELP = {
     "means": "only Gaussian decisions have them: with tokens use kl k1, k2 or k3, and neither guard nor dppo",
     "values": "a value head gives them: pipeline.value_head: true",
     "entropy": "only tokens have one",
     "given": "only language models can be given answers",
+    "denoise": "only models that denoise have a forward process: diffusion and flow pipelines, flow heads of robots",
 }
 """What to do about a verb that is missing."""
 
@@ -31,7 +32,8 @@ class Policy(Protocol):
             "means", when its decisions are Gaussians whose means a rollout keeps once ``keep_mean`` is set;
             "entropy", when ``decisions`` can give the entropy of categorical decisions (once ``keep_entropy`` is set);
             "values", when it has a value head, and rollouts and decisions carry ``value``;
-            "given", when it can score completions that it did not sample (``given``, ``completions``).
+            "given", when it can score completions that it did not sample (``given``, ``completions``);
+            "denoise", when outputs can be noised again and denoised (``denoise``).
         parameters: what trains.
         counters: work done so far (forwards, prompts encoded...), for tests and reports.
         batch_size: samples per network call; updates use the same, so that a replay sees the same batch shapes.
@@ -41,6 +43,8 @@ class Policy(Protocol):
             rows of like length.
         keep_entropy: whether ``decisions`` also gives entropies; only policies that offer them have it.
         max_decisions: longest output, where there is a limit; the default divisor of the "constant" aggregation.
+        record: optional, of policies that act in an environment; the first so many episodes of each ``generate`` keep
+            pictures (``Episode.frames``). 0, but for evaluations, which show a few episodes to people.
     """
 
     verbs: frozenset[str]
@@ -101,6 +105,18 @@ class GivenPolicy(Policy, Protocol):
         """Completions without their end, ``text`` behind them, and what the policy says next by ``seeds[k]`` alone.
 
         One that leaves no room within the length limit comes back as it was.
+        """
+
+
+class DenoisingPolicy(Policy, Protocol):
+    """A policy of the verb "denoise"; its ``fit`` is the mean of the errors of ``denoise``."""
+
+    def denoise(self, samples: Samples | Rollout, seeds: Sequence[int], at: Denoising | None = None) -> Denoising:
+        """Noise each sample again and predict, with gradient.
+
+        Row k's noise and time are a function of ``seeds[k]`` alone. With ``at`` nothing is drawn: the prediction is
+        made at its states ``x`` and ``time``, everything else is taken over. So the policy before an update, an average
+        or the reference is the same call inside ``parameters.swapped(name)`` or ``reference()``.
         """
 
 

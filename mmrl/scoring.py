@@ -125,10 +125,10 @@ class Scores:
         Taken over the samples to which the reward applies; the spread is the population standard deviation. A reward
         that applies to none is left out, one that applies to some also reports ``prefix/<name>/share``.
         """
-        out = _spread(prefix, self.total.detach())
+        out = spread(prefix, self.total.detach())
         for name, scores in self.each.items():
             scores = scores.detach()
-            out |= _spread(f"{prefix}/{name}", scores)
+            out |= spread(f"{prefix}/{name}", scores)
             missing = scores.isnan()
             if missing.any():
                 out[f"{prefix}/{name}/share"] = 1 - missing.float().mean().item()
@@ -155,7 +155,8 @@ def _detach(media: Tensor | None) -> Tensor | None:
     return None if media is None else media.detach()
 
 
-def _spread(prefix: str, scores: Tensor) -> dict[str, float]:
+def spread(prefix: str, scores: Tensor) -> dict[str, float]:
+    """``prefix/mean`` and ``prefix/std`` (of the population) of the scores that are not NaN; nothing if all are."""
     scores = scores[~scores.isnan()].double()
     if not len(scores):
         return {}
@@ -424,22 +425,27 @@ def _within(timeout: float | None, reward: Callable, samples: Samples) -> Any:
     """The reward's result, or ``_OutOfTime``. Python cannot stop a thread: one that is late runs on unheard."""
     if timeout is None:
         return reward(samples)
-    grad = torch.is_grad_enabled()
-    outcome = Future()
-
-    def work() -> None:
-        try:
-            # Gradient mode belongs to a thread, so the worker's has to be set.
-            with torch.set_grad_enabled(grad):
-                outcome.set_result(reward(samples))
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the thread that waits
-            outcome.set_exception(error)
-
-    # A daemon, so that a reward that hangs cannot keep the process from ending.
-    threading.Thread(target=work, daemon=True, name="reward").start()
+    outcome = in_daemon_thread(lambda: reward(samples))
     if not wait([outcome], timeout).done:
         raise _OutOfTime
     return outcome.result()
+
+
+def in_daemon_thread(work: Callable[[], Any]) -> Future:
+    """The result to come of ``work``, in a thread that cannot keep the process from ending when it hangs."""
+    grad = torch.is_grad_enabled()
+    outcome = Future()
+
+    def run() -> None:
+        try:
+            # Gradient mode belongs to a thread, so the worker's has to be set.
+            with torch.set_grad_enabled(grad):
+                outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the thread that waits
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="reward").start()
+    return outcome
 
 
 def _blame_sample(name: str, term: Term, samples: Samples) -> None:

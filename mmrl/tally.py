@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmrl.distributed import exchange_device, gather_objects, world_size
+from mmrl.distributed import exchange_device, gather_values, world_size
 
 
 class Tally:
@@ -65,7 +65,7 @@ class Tally:
 
     def _over_processes(self) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
         """The sums and maxima of all processes, in one exchange each."""
-        everyone = gather_objects((list(self._sums), list(self._maxima)))
+        everyone = gather_values((list(self._sums), list(self._maxima)))
         means, tops = (list(dict.fromkeys(name for part in everyone for name in part[kind])) for kind in (0, 1))
         device = exchange_device()
         zero, lowest = torch.zeros((), dtype=torch.float64), torch.tensor(-math.inf, dtype=torch.float64)

@@ -228,3 +228,51 @@ class Decisions:
         """Some of the decisions, in the order given."""
         present = {f.name: getattr(self, f.name) for f in fields(self)}
         return Decisions(**{name: None if x is None else x[:, list(columns)] for name, x in present.items()})
+
+
+@dataclass(eq=False)
+class Denoising:
+    """Outputs that were noised again, and what a denoiser predicts for them, with gradient.
+
+    M things are denoised: the picture or clip of each sample, or each chunk of actions of an episode. With
+    ``x = (1 - time) x0 + time e`` a flow's prediction is its velocity and the target ``e - x0``; DDPM-type models
+    predict what they were trained to.
+
+    Attributes:
+        target: float32 ``[M, ...]``, what the prediction should be.
+        x: ``[M, ...]``, the noised states.
+        time: ``[M]`` in (0, 1], the noise level sigma for flows.
+        x0_scale: ``[M]``, by which an error of the prediction becomes one of the clean output; sigma for flows.
+        prediction: ``[M, ...]``; None before there is one.
+        row: long ``[M]``, the sample that each belongs to; None where there is one each.
+    """
+
+    target: Tensor
+    x: Tensor
+    time: Tensor
+    x0_scale: Tensor
+    prediction: Tensor | None = None
+    row: Tensor | None = None
+
+    def spread(self, per_sample: Tensor) -> Tensor:
+        """Values ``[N]`` of samples as those ``[M]`` of what belongs to them."""
+        return per_sample if self.row is None else per_sample[self.row.to(per_sample.device)]
+
+    def mean(self, per_thing: Tensor) -> Tensor:
+        """Means ``[N]`` over what belongs to each sample of values ``[M]``."""
+        if self.row is None:
+            return per_thing
+        row = self.row.to(per_thing.device)
+        count = int(row.max()) + 1
+        total = per_thing.new_zeros(count).index_add(0, row, per_thing)
+        return total / row.bincount(minlength=count).to(total)
+
+    @property
+    def error(self) -> Tensor:
+        """``[M]``: mean over elements of the squared difference of prediction and target."""
+        return mean_square(self.prediction - self.target)
+
+
+def mean_square(difference: Tensor) -> Tensor:
+    """``[M]``: mean over the elements of each row of their squares."""
+    return difference.square().flatten(1).mean(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,34 +60,43 @@ def add_lora(pipe: Any, lora: LoRA) -> Parameters:
     Raises:
         UserError: the targets match nothing.
     """
-    from peft import LoraConfig
-
     named = {}
     for component, module in denoisers(pipe).items():
         if not hasattr(module, "add_adapter"):
             raise UserError(f"{type(module).__name__} takes no LoRA adapters: set lora to null to train all of it")
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
-            target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
-            init_lora_weights="gaussian" if lora.init == "gaussian" else True,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(lora.seed, "lora", component))
-            try:
-                module.add_adapter(config, adapter_name=ADAPTER)
-            except ValueError as error:
-                linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-                raise UserError(
-                    f"lora.targets {lora.targets!r} cannot be applied to {component} ({error}); "
-                    f"linear layers there are for example {', '.join(linear[:6])}"
-                ) from error
+        attach_lora(module, lora, component)
         for name, parameter in module.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
                 named[f"{component}.{name}"] = parameter
     return Parameters(named)
+
+
+def attach_lora(module: Any, lora: LoRA, name: str) -> None:
+    """Put adapters into a network of diffusers or transformers; ``name`` is what messages call it.
+
+    Raises:
+        UserError: the targets match nothing.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
+        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(lora.seed, "lora", name))
+        try:
+            module.add_adapter(config, adapter_name=ADAPTER)
+        except ValueError as error:
+            linear = [path for path, child in module.named_modules() if isinstance(child, nn.Linear)]
+            raise UserError(
+                f"lora.targets {lora.targets!r} cannot be applied to {name} ({error}); "
+                f"linear layers there are for example {', '.join(linear[-8:])}"
+            ) from error
 
 
 def train_all(pipe: Any) -> Parameters:
@@ -125,9 +134,8 @@ def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def lora_off(pipe: Any) -> Iterator[None]:
-    """Inside, the denoisers run without their adapters."""
-    modules = denoisers(pipe).values()
+def lora_off(modules: Collection[Any]) -> Iterator[None]:
+    """Inside, the networks run without their adapters."""
     for module in modules:
         module.disable_adapters()
     try:

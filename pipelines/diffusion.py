@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,10 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrl.errors import UserError
-from mmrl.seeding import derive_seed, generator, prompt_keys
-from mmrl.types import Decisions, Prompt, Rollout, Rows, Samples
+from mmrl.seeding import derive_seed, prompt_keys
+from mmrl.types import Decisions, Denoising, Prompt, Rollout, Rows, Samples
 from pipelines import adapters, latents, loading
 from pipelines.adapters import LoRA
+from pipelines.noising import FitTime, noised_again
 from pipelines.scheduler_seam import JumpToX0, Kernel, Replay, Sample, Velocity
 from pipelines.seam import Call, Seam
 from pipelines.step_kernel import LogProbKind, StepKind
@@ -68,14 +69,14 @@ class DiffusionPolicy:
         keep_states: ``window`` keeps the states that decisions need, ``all`` keeps every step's.
         eval_num_steps, eval_call: for ``generate``; the rest of ``call`` still applies.
         fit_call: call arguments for ``fit``; None switches guidance off.
-        fit_time: distribution of noise levels in ``fit`` before the model's time shift; ``auto`` is ``logit_normal``
-            for flows (arXiv:2403.03206) and ``uniform`` for DDPM-type models.
+        fit_time: distribution of noise levels in ``fit`` and ``denoise`` (:mod:`pipelines.noising`); ``auto`` is
+            ``logit_normal`` for flows (arXiv:2403.03206) and ``uniform`` for DDPM-type models.
 
     Raises:
         UserError: an option does not fit the pipeline.
     """
 
-    verbs = frozenset({"rollout", "decisions", "fit", "generate", "means"})
+    verbs = frozenset({"rollout", "decisions", "fit", "denoise", "generate", "means"})
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class DiffusionPolicy:
         eval_num_steps: Annotated[int, Field(ge=1)] | None = None,
         eval_call: dict[str, Any] | None = None,
         fit_call: dict[str, Any] | None = None,
-        fit_time: Literal["auto", "logit_normal", "uniform"] = "auto",
+        fit_time: Literal["auto"] | FitTime = "auto",
     ):
         self.pipe = pipe
         self.seam = Seam(pipe)
@@ -251,25 +252,28 @@ class DiffusionPolicy:
     def fit(self, samples: Samples | Rollout, seeds: Sequence[int]) -> Tensor:
         """Denoising error ``[N]`` on pictures: the mean over elements of ``(prediction - target)^2``, with gradient.
 
+        See :meth:`denoise`.
+        """
+        return self.denoise(samples, seeds).error
+
+    def denoise(self, samples: Samples | Rollout, seeds: Sequence[int], at: Denoising | None = None) -> Denoising:
+        """Predictions for pictures that are noised again; see :class:`mmrl.policy.DenoisingPolicy`.
+
         Pictures are ``samples.images``, or the prompts' ``target`` when there are none; those of a rollout are known as
         latents already. Row k's noise and noise level depend on ``seeds[k]`` alone.
         """
+        prompts = samples.samples.prompts if isinstance(samples, Rollout) else samples.prompts
+        if at is None:
+            grid = self.seam.inspect(prompts[0], self.fitting).grid
+            at = noised_again(grid, self._clean(samples), seeds, self.fit_time)
+        return replace(at, prediction=self.velocity(prompts, at.x, at.time))
+
+    def _clean(self, samples: Samples | Rollout) -> Tensor:
+        """Latents ``[N, ...]`` of pictures without noise."""
         if isinstance(samples, Rollout):
-            prompts, x0 = samples.samples.prompts, samples.trace.states[:, -1].to(self.device)
-        else:
-            prompts = samples.prompts
-            shapes = [self.seam.inspect(prompt, self.fitting).latent_shape for prompt in prompts]
-            x0 = latents.encode(self.pipe, samples, shapes, self.batch_size)
-        grid = self.seam.inspect(prompts[0], self.fitting).grid
-        draws = [generator(seed, "fit") for seed in seeds]
-        if self.fit_time == "uniform":
-            u = torch.cat([1 - torch.rand(1, generator=g) for g in draws])
-        else:
-            u = torch.cat([torch.randn(1, generator=g) for g in draws]).sigmoid()
-        time = (grid.shift * u / (1 + (grid.shift - 1) * u)).to(x0.device)
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in draws]).to(x0.device)
-        x, target = grid.noised(x0, noise, time)
-        return ((self.velocity(prompts, x, time) - target) ** 2).flatten(1).mean(1)
+            return samples.trace.states[:, -1].to(self.device)
+        shapes = [self.seam.inspect(prompt, self.fitting).latent_shape for prompt in samples.prompts]
+        return latents.encode(self.pipe, samples, shapes, self.batch_size)
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], grad_steps: int = 0) -> Samples:
         """One picture per prompt without step noise; row k starts from the noise of ``seeds[k]``.
@@ -320,7 +324,7 @@ class DiffusionPolicy:
         if "reference" in self.parameters.snapshots:
             return self.parameters.swapped("reference")
         assert self.lora is not None, "take_snapshot('reference') before training starts"
-        return adapters.lora_off(self.pipe)
+        return adapters.lora_off(adapters.denoisers(self.pipe).values())
 
     def export(self, folder: Path) -> None:
         """LoRA: a file for ``pipe.load_lora_weights(folder)``. Full fine-tuning: a plain pipeline folder."""

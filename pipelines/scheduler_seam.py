@@ -84,10 +84,18 @@ class FlowGrid:
         """Timesteps, as the network takes them, of noise levels sigma in (0, 1]."""
         return ((1 - time) if self.inverted else time) * self.train_steps
 
+    def step_times(self) -> Tensor:
+        """Noise levels sigma at which the sampler calls the network."""
+        return torch.tensor(self.sigmas[:-1])
+
     def noised(self, x0: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """The noisy sample at sigma ``time`` [N], and the velocity that the network should predict there."""
         s = time.view(-1, *[1] * (x0.ndim - 1))
         return (1 - s) * x0 + s * noise, noise - x0
+
+    def x0_scale(self, time: Tensor) -> Tensor:
+        """By which an error ``[N]`` of the prediction becomes one of the clean sample."""
+        return time
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,10 @@ class DiffusionGrid:
         """Discrete timesteps of ``time`` in (0, 1]."""
         return (time * self.train_steps).round().long().clamp(1, self.train_steps) - 1
 
+    def step_times(self) -> Tensor:
+        """``time`` of the timesteps at which the sampler calls the network."""
+        return (self.timesteps.cpu().float() + 1) / self.train_steps
+
     def noised(self, x0: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """The noisy sample at ``time`` [N], and what the network should predict there."""
         table = self.alpha_table.to(x0.device)
@@ -134,6 +146,14 @@ class DiffusionGrid:
         signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
         target = {"epsilon": noise, "sample": x0, "v_prediction": signal * noise - sigma * x0}[self.prediction_type]
         return signal * x0 + sigma * noise, target
+
+    def x0_scale(self, time: Tensor) -> Tensor:
+        """By which an error ``[N]`` of the prediction becomes one of the clean sample."""
+        alpha = self.alpha_table.to(time.device)[self.timesteps_at(time)]
+        sigma = (1 - alpha).sqrt()
+        return {"epsilon": sigma / alpha.sqrt(), "sample": torch.ones_like(sigma), "v_prediction": sigma}[
+            self.prediction_type
+        ]
 
 
 Grid = FlowGrid | DiffusionGrid

@@ -19,16 +19,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
 import typing
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Future
 from typing import Any
 
 from torch import Tensor
 
 from mmrl.errors import UserError
-from mmrl.scoring import as_scores, is_differentiable, reward_name
+from mmrl.scoring import as_scores, in_daemon_thread, is_differentiable, reward_name
 from mmrl.types import Samples
 
 KEYWORDS = (
@@ -89,16 +87,7 @@ def _finished(found: Any) -> Any:
     except RuntimeError:
         return asyncio.run(wait(found))
     # A notebook's loop runs in this thread already, and a thread has but one.
-    outcome: Future = Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(asyncio.run(wait(found)))
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the thread that waits
-            outcome.set_exception(error)
-
-    threading.Thread(target=work, daemon=True, name="reward").start()
-    return outcome.result()
+    return in_daemon_thread(lambda: asyncio.run(wait(found))).result()
 
 
 class FunctionReward:

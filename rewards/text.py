@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,7 @@ class Row:
         return UserError(f"reward '{self.reward}': {describe_sample(self.samples, self.number)} {complaint}")
 
 
-class TextReward:
+class TextReward(ABC):
     """Scores texts one by one; a subclass has a ``name`` and says how by :meth:`score`."""
 
     name = "text"
@@ -115,6 +116,6 @@ class TextReward:
             raise UserError(f"reward '{self.name}' scores texts, but the samples have none")
         return [self.score(Row(samples, number, self.name, self.column)) for number in range(len(samples))]
 
+    @abstractmethod
     def score(self, row: Row) -> float | None:
         """The score of one sample, or None."""
-        raise NotImplementedError

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmrl.errors import UserError
 from mmrl.seeding import generator, prompt_keys
 from mmrl.types import Decisions, Prompt, Rollout, Samples, widened
-from pipelines.adapters import LoRA
+from pipelines.adapters import LoRA, lora_off
 from pipelines.loading import quiet
 from pipelines.tools import build_tools
 from pipelines.tools.toolbox import Toolbox
@@ -276,22 +276,6 @@ class VLMPolicy:
         with torch.inference_mode():
             return self.decoder(state, cache, mask, position, axes, uniforms, sampling, self.value_head)
 
-    @torch.no_grad()
-    def rollout_of(self, samples: Samples) -> Rollout:
-        """A rollout of given responses, as if this policy had said them: for answers that come from elsewhere.
-
-        Args:
-            samples: with ``texts``, or with prompts that have responses (see :meth:`fit`). Groups stay as they are.
-        """
-        trace, mask = self.answers.trace(samples)
-        scores = self._score(trace, mask, self.temperature, self.banned)
-        given = samples.texts if samples.texts is not None else self.decode(trace.tokens, trace.lengths)
-        sizes = [prompt.sizes for prompt in trace.prompts]
-        group = torch.arange(len(trace)) if samples.group is None else samples.group
-        cut = torch.zeros(len(trace), dtype=torch.bool) if samples.truncated is None else samples.truncated
-        said = Samples(samples.prompts, given, truncated=cut, lengths=mask.sum(1), sizes=sizes, group=group)
-        return Rollout(said, scores.logp, mask.to(self.device), group, trace, value=scores.value)
-
     def decisions(self, rollout: Rollout, steps: Sequence[int] | None = None) -> Decisions:
         """Score recorded tokens again, with gradient; 0 where there was no decision.
 
@@ -339,7 +323,7 @@ class VLMPolicy:
             return self.parameters.swapped("reference")
         if self.lora is None:
             raise RuntimeError("take_snapshot('reference') before training starts")
-        return training.lora_off(self.model)
+        return lora_off([self.model])
 
     def export(self, folder: Path) -> None:
         """LoRA: an adapter for peft. Full fine-tuning: a folder for ``from_pretrained``. Both with the processor."""

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from mmrl.errors import UserError
 from mmrl.policy import Parameters
-from mmrl.seeding import derive_seed
-from pipelines.adapters import ADAPTER, LoRA
+from pipelines.adapters import LoRA, attach_lora
 
 Part = Literal["vision", "projector", "language"]
 PROJECTOR = re.compile(
@@ -67,7 +66,8 @@ def choose_parameters(
     """
     model.requires_grad_(False).eval()
     if lora is not None:
-        _add_lora(model, lora)
+        attach_lora(model, lora, "model")
+        model.eval()
     named = {}
     for name, parameter in model.named_parameters():
         wanted = "lora_" in name if lora is not None else True
@@ -86,38 +86,6 @@ def choose_parameters(
 def features_train(parameters: Parameters) -> bool:
     """Whether an update changes what the model sees in a picture."""
     return any(part_of(name) != "language" for name in parameters.named if not name.startswith("value_head."))
-
-
-def _add_lora(model: Any, lora: LoRA) -> None:
-    from peft import LoraConfig
-
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
-        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
-        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(lora.seed, "lora", "model"))
-        try:
-            model.add_adapter(config, adapter_name=ADAPTER)
-        except ValueError as error:
-            linear = [name for name, child in model.named_modules() if isinstance(child, nn.Linear)]
-            raise UserError(
-                f"lora.targets {lora.targets!r} cannot be applied ({error}); "
-                f"linear layers are for example {', '.join(linear[-8:])}"
-            ) from error
-    model.eval()
-
-
-@contextlib.contextmanager
-def lora_off(model: Any) -> Iterator[None]:
-    """Inside, the model runs without its adapters."""
-    model.disable_adapters()
-    try:
-        yield
-    finally:
-        model.enable_adapters()
 
 
 def enable_checkpointing(model: Any) -> None:

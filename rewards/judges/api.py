@@ -17,7 +17,7 @@ from mmrl.media import data_uri
 from mmrl.scoring import RewardError, describe_sample
 from mmrl.types import Samples
 from rewards.judges.score import score_questions
-from rewards.judges.subjects import Case, Question, modality, subjects
+from rewards.judges.subjects import Case, cases_of, questions
 from rewards.judges.verdicts import check_pattern, parse_score, parse_yes_no
 from rewards.judges.yes import QUESTIONS as YES_QUESTIONS
 from rewards.judges.yes import Count
@@ -111,10 +111,7 @@ class JudgeApi:
         if verdict == "score":
             self.questions = score_questions(question, range, self.name)
         else:
-            self.questions = {
-                kind: Question(question or text, ("prompt", "completion"), where=where)
-                for kind, text in YES_QUESTIONS.items()
-            }
+            self.questions = questions({kind: question or text for kind, text in YES_QUESTIONS.items()}, self.name)
         check_pattern(pattern, where)
         self.client, self._key = _client(base_url, api_key_env, request_timeout, where)
         self._read: Callable[[str], float | None] = (
@@ -133,11 +130,7 @@ class JudgeApi:
         Raises:
             RewardError: no answer for a sample, which the message names.
         """
-        question = self.questions[modality(samples, self.name)]
-        cases = [
-            question.case(prompt=s.prompt, completion=s.completion, media=s.pictures)
-            for s in subjects(samples, self.frames, self.name)
-        ]
+        cases = cases_of(self.questions, samples, self.frames, self.name)
         jobs = self._start(list(dict.fromkeys(cases)))
         for row, case in enumerate(cases):
             error = jobs[case].exception()

@@ -11,7 +11,7 @@ from mmrl.seeding import derive_seed
 from mmrl.types import Samples
 from rewards.encoders import Dtype
 from rewards.judges.local import load_vlm
-from rewards.judges.subjects import Case, Modality, Question, modality, subjects
+from rewards.judges.subjects import Case, Modality, Question, cases_of, questions
 from rewards.judges.verdicts import check_pattern, parse_score
 from rewards.judges.yes import Count, media_device
 
@@ -29,14 +29,8 @@ def score_questions(question: str | None, bounds: tuple[float, float], name: str
     if not low < high:
         raise UserError(f"reward '{name}': range is {list(bounds)}, but the first number must be the smaller")
     texts = {kind: question or text for kind, text in QUESTIONS.items()}
-    return {
-        kind: Question(
-            text.replace("{low}", f"{low:g}").replace("{high}", f"{high:g}"),
-            ("prompt", "completion"),
-            where=f"reward '{name}'",
-        )
-        for kind, text in texts.items()
-    }
+    filled = {kind: text.replace("{low}", f"{low:g}").replace("{high}", f"{high:g}") for kind, text in texts.items()}
+    return questions(filled, name)
 
 
 class JudgeScore:
@@ -97,11 +91,7 @@ class JudgeScore:
 
     def __call__(self, samples: Samples) -> list[float | None]:
         """N scores in the range, or None where no verdict could be read."""
-        question = self.questions[modality(samples, self.name)]
-        cases = [
-            question.case(prompt=s.prompt, completion=s.completion, media=s.pictures)
-            for s in subjects(samples, self.frames, self.name)
-        ]
+        cases = cases_of(self.questions, samples, self.frames, self.name)
         self.vlm.place(media_device(samples))
         found: dict[Case, float | None] = dict.fromkeys(cases)
         for attempt in range(self.retries + 1):

@@ -219,3 +219,17 @@ class Question:
                 elif part != "":
                     parts.append(part)
         return tuple(parts)
+
+
+def questions(texts: Mapping[Modality, str], name: str) -> dict[Modality, Question]:
+    """The question about one output of each modality, which may say ``{prompt}`` and ``{completion}``."""
+    return {kind: Question(text, ("prompt", "completion"), where=f"reward '{name}'") for kind, text in texts.items()}
+
+
+def cases_of(asked: Mapping[Modality, Question], samples: Samples, frames: int, name: str) -> list[Case]:
+    """The question of the samples' modality about each of them; ``name`` is the reward's, for messages."""
+    question = asked[modality(samples, name)]
+    return [
+        question.case(prompt=subject.prompt, completion=subject.completion, media=subject.pictures)
+        for subject in subjects(samples, frames, name)
+    ]

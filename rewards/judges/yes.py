@@ -13,7 +13,7 @@ from mmrl.errors import UserError
 from mmrl.types import Samples
 from rewards.encoders import Dtype
 from rewards.judges.local import LocalVLM, load_vlm
-from rewards.judges.subjects import Modality, Question, modality, subjects
+from rewards.judges.subjects import Modality, cases_of, questions
 
 Count = Annotated[int, Field(gt=0)]
 
@@ -86,22 +86,14 @@ class JudgeYes:
         dtype: Dtype = "float32",
         device: str | None = None,
     ):
-        texts = {kind: question or text for kind, text in QUESTIONS.items()}
-        self.questions = {
-            kind: Question(text, ("prompt", "completion"), where=f"reward '{self.name}'")
-            for kind, text in texts.items()
-        }
+        self.questions = questions({kind: question or text for kind, text in QUESTIONS.items()}, self.name)
         self.vlm = load_vlm(model, dtype, device)
         self.yes_ids, self.no_ids = choice_tokens(self.vlm, yes, no, self.name)
         self.system, self.frames, self.batch_size = system, frames, batch_size
 
     def __call__(self, samples: Samples) -> Tensor:
         """P(yes) ``[N]``."""
-        question = self.questions[modality(samples, self.name)]
-        cases = [
-            question.case(prompt=s.prompt, completion=s.completion, media=s.pictures)
-            for s in subjects(samples, self.frames, self.name)
-        ]
+        cases = cases_of(self.questions, samples, self.frames, self.name)
         self.vlm.place(media_device(samples))
         scores = self.vlm.next_scores(cases, [*self.yes_ids, *self.no_ids], self.batch_size, self.system)
         return choice_probability(scores, len(self.yes_ids))

@@ -10,6 +10,7 @@ from zoo.vlms import build_vlm
 from zoo.vlms.linear import qwen3_5
 
 from mmrl.algorithms.base import Context
+from mmrl.algorithms.experience import with_groups
 from mmrl.algorithms.supervised import Supervised
 from mmrl.errors import UserError
 from mmrl.tally import Clock, Tally
@@ -389,14 +390,15 @@ def test_fit_of_a_rollout_is_its_unscaled_log_prob(make):
 def test_given_answers_become_rollouts(make):
     policy = make(temperature=0.8)
     rollout = policy.rollout(mixed_prompts(), 2, seed=4)
-    given = policy.rollout_of(Samples(rollout.samples.prompts, texts=["red"] * 8, group=rollout.group))
+    given = with_groups(policy.given(rollout.samples.prompts, ["red"] * 8), rollout.group)
     assert given.samples.texts == ["red"] * 8
     assert given.group.tolist() == rollout.group.tolist()
     assert given.mask.sum(1).tolist() == given.samples.lengths.tolist()
     assert (given.logp - policy.decisions(given).logp).abs().max() < 1e-5
     plain = make(ban_media_tokens=False)
     answers = Samples(given.samples.prompts, texts=["red"] * 8)
-    assert torch.allclose(-plain.rollout_of(answers).logp.sum(1), plain.fit(answers, [0] * 8), rtol=1e-5)
+    again = plain.given(answers.prompts, answers.texts)
+    assert torch.allclose(-again.logp.sum(1), plain.fit(answers, [0] * 8), rtol=1e-5)
 
 
 def test_rows_without_a_response_are_named(make):

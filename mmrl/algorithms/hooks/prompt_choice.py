@@ -99,7 +99,7 @@ class PromptRecord:
                 distinct = len({texts[row] for row in rows}) / len(rows) if texts is not None else 0.0
                 values = [scores.mean().item(), scores.var(correction=0).item(), distinct]
                 found.append((batch.rollout.samples.prompts[rows[0]].id, values))
-        for part in distributed.gather_objects(found):
+        for part in distributed.gather_values(found):
             for name, values in part:
                 old = self.known.get(name, values)
                 keep = self.options.memory

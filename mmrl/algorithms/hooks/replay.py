@@ -60,7 +60,7 @@ class ReplayBuffer:
         if count:
             experience = self._with_rows(context, experience, places[:count], self._draw(context, count, step))
         # Every process keeps the same entries, in the same order.
-        self.entries += [entry for part in distributed.gather_objects(fresh) for entry in part]
+        self.entries += [entry for part in distributed.gather_values(fresh) for entry in part]
         self.entries = self.entries[-self.options.capacity :]
         return experience
 
