@@ -9,6 +9,7 @@ are computed in float64 on the host; the tensors are float32 whatever the networ
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,12 +22,15 @@ LogProbKind = Literal["auto", "gaussian", "squared_error"]
 
 @dataclass(frozen=True)
 class StepCoefficients:
-    """The numbers of one step: weights of the clean and the noise estimate, std of fresh noise, size of the step."""
+    """One step: weights of the clean and the noise estimate, std of fresh noise, size of the step.
 
-    A: float
-    B: float
-    C: float
-    dt: float
+    Numbers for a batch at one step, tensors that broadcast for rows at different ones (:class:`StepTable`).
+    """
+
+    A: float | Tensor
+    B: float | Tensor
+    C: float | Tensor
+    dt: float | Tensor
 
 
 def flow_coefficients(
@@ -76,14 +80,54 @@ def ddim_coefficients(alpha_bar: float, alpha_bar_next: float, eta: float, dt: f
     )
 
 
-def flow_endpoints(x: Tensor, velocity: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class StepTable:
+    """The coefficients of several steps as float32 tensors ``[S]``, for batches whose rows are at different steps."""
+
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    dt: Tensor
+
+    @classmethod
+    def of(cls, steps: Sequence[StepCoefficients]) -> StepTable:
+        """The table of ``steps``."""
+        return cls(*(torch.tensor([getattr(step, name) for step in steps]) for name in ("A", "B", "C", "dt")))
+
+    def at(self, index: Tensor, ndim: int) -> StepCoefficients:
+        """Coefficients of the steps ``index`` (long ``[n]``), to be broadcast against ``[n, ...]`` of ``ndim`` axes."""
+        shape = (-1, *[1] * (ndim - 1))
+        return StepCoefficients(*(column[index].view(shape) for column in (self.A, self.B, self.C, self.dt)))
+
+    def to(self, device: torch.device) -> StepTable:
+        """The table on a device."""
+        return StepTable(*(column.to(device) for column in (self.A, self.B, self.C, self.dt)))
+
+
+def cosine_alpha_bars(count: int) -> list[float]:
+    """Signal levels abar of ``count`` diffusion steps, least noisy first (arXiv:2102.09672, eq. 17; betas up to 0.999).
+
+    What diffusers calls ``squaredcos_cap_v2``, the usual schedule of diffusion policies.
+    """
+
+    def level(place: float) -> float:
+        return math.cos((place + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    bars, bar = [], 1.0
+    for step in range(count):
+        bar *= 1 - min(1 - level((step + 1) / count) / level(step / count), 0.999)
+        bars.append(bar)
+    return bars
+
+
+def flow_endpoints(x: Tensor, velocity: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
     """Estimates (x0hat, x1hat) of clean sample and noise, from float32 ``x`` and velocity of one shape."""
     return x - sigma * velocity, x + (1 - sigma) * velocity
 
 
-def diffusion_endpoints(x: Tensor, output: Tensor, alpha_bar: float, prediction: str) -> tuple[Tensor, Tensor]:
+def diffusion_endpoints(x: Tensor, output: Tensor, alpha_bar: float | Tensor, prediction: str) -> tuple[Tensor, Tensor]:
     """Estimates (x0hat, ehat) from a network that predicts ``epsilon``, ``v_prediction`` or ``sample`` (x0)."""
-    signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     if prediction == "epsilon":
         return (x - noise * output) / signal, output
     if prediction == "v_prediction":
@@ -104,9 +148,13 @@ def gaussian_logp(action: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
     The average instead of the sum is the convention of Flow-GRPO and DDPO; published clip ranges assume it.
     ``std`` is a number or broadcasts against ``action``.
     """
+    return gaussian_log_density(action, mean, std).flatten(1).mean(1)
+
+
+def gaussian_log_density(action: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
+    """Log density of each element of ``action`` under N(mean, std^2)."""
     log_std = torch.log(torch.as_tensor(std, dtype=torch.float32, device=action.device))
-    element = -((action - mean) ** 2) / (2 * std**2) - log_std - 0.5 * math.log(2 * math.pi)
-    return element.flatten(1).mean(1)
+    return -((action - mean) ** 2) / (2 * std**2) - log_std - 0.5 * math.log(2 * math.pi)
 
 
 def squared_error_logp(action: Tensor, mean: Tensor) -> Tensor:

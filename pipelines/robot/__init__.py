@@ -1,0 +1,1 @@
+"""RL on robot policies: action heads over gymnasium environments."""

@@ -1,0 +1,131 @@
+"""The interface of action heads, and how the log-probs of a chunk's elements become those of decisions.
+
+``n`` turns, chunks of ``H`` actions with ``D`` numbers in [-1, 1] (the policy scales them to the environment's bounds),
+``t`` decisions a turn. Only the first ``executed`` actions of a chunk were carried out and only these count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmrl.types import Decisions
+
+OverActions = Literal["mean", "sum"]
+OverSteps = Literal["step", "mean", "sum"]
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """What a head is built for: width of the context, actions of a chunk, numbers of an action."""
+
+    context_dim: int
+    horizon: int
+    action_dim: int
+
+
+@dataclass
+class Sampled:
+    """Chunks as a head sampled them.
+
+    Attributes:
+        actions: ``[n, H, D]``.
+        record: name to tensor ``[n, ...]``: what :meth:`ActionHead.decisions` needs to score them again.
+        elements: log-probs before reduction, in a shape of the head's own with n first; None from the deterministic
+            sampler.
+        mean: ``[n, t, H, D]`` means of Gaussian decisions, from heads of the verb "means".
+    """
+
+    actions: Tensor
+    record: dict[str, Tensor]
+    elements: Tensor | None = None
+    mean: Tensor | None = None
+
+
+class ActionHead(nn.Module):
+    """Samples chunks of actions from contexts, scores recorded ones again and explains given ones.
+
+    Sampler and scorer must share the function that computes the distribution, so that a replay gives the same numbers.
+
+    Attributes:
+        decisions_per_turn: t.
+        elements_per_decision: numbers whose log-probs one decision's log-prob is a sum or mean over, when all H actions
+            are executed.
+        verbs: what it offers besides sampling, ``decisions`` and ``fit``: "means" if decisions are Gaussians of a fixed
+            std whose log-prob is the mean over elements, "entropy" if ``decisions`` gives entropies.
+        steps: network calls of a sample.
+    """
+
+    decisions_per_turn: int = 1
+    elements_per_decision: int = 1
+    verbs: frozenset[str] = frozenset()
+    steps: int = 1
+
+    def draw(self, turns: int, generator: torch.Generator, deterministic: bool = False) -> Tensor:
+        """The random numbers ``[turns, m]`` of so many turns of one episode, on the CPU."""
+        raise NotImplementedError
+
+    def sample(self, context: Any, draws: Tensor, deterministic: bool = False) -> Sampled:
+        """Chunks for n contexts; ``draws`` ``[n, m]`` holds all that is random, a turn's row of :meth:`draw` each.
+
+        The deterministic sampler takes means (and what else a head does without chance); its draws are those of
+        ``draw(..., deterministic=True)``.
+        """
+        raise NotImplementedError
+
+    def logp(self, elements: Tensor, executed: Tensor) -> Tensor:
+        """Log-probs ``[n, t]`` of decisions from those of elements, counting ``executed`` ``[n]`` actions of each."""
+        raise NotImplementedError
+
+    def mask(self, executed: Tensor) -> Tensor:
+        """Which decisions ``[n, t]`` of a turn that carried out ``executed`` ``[n]`` actions count; by default all."""
+        return torch.ones(len(executed), self.decisions_per_turn, dtype=torch.bool, device=executed.device)
+
+    def decisions(
+        self, context: Any, record: Mapping[str, Tensor], executed: Tensor, columns: Sequence[int] | None = None
+    ) -> Decisions:
+        """The recorded decisions ``columns`` (of t; default all) of n turns, with gradient: every field ``[n, ...]``."""
+        raise NotImplementedError
+
+    def fit(self, context: Any, actions: Tensor, executed: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Loss ``[n]`` of explaining chunks ``[n, H, D]``; noise of row k is a function of ``seeds[k]`` alone."""
+        raise NotImplementedError
+
+    def begin_stage(self) -> None:
+        """Called as a stage of training starts: the place to keep what must stay as it is now."""
+
+    def overview(self) -> str:
+        """One line on what a decision is, for the terminal."""
+        return f"{self.decisions_per_turn} a turn, {self.elements_per_decision} dimensions in each"
+
+
+def executed_weights(executed: Tensor, horizon: int, action_dim: int, over: OverActions) -> Tensor:
+    """``[n, H, 1]``: what each element's log-prob counts in its decision's, 0 for actions that were not executed."""
+    live = (torch.arange(horizon, device=executed.device) < executed[:, None]).float()
+    if over == "mean":
+        live = live / (executed[:, None] * action_dim)
+    return live[:, :, None]
+
+
+def chunk_logp(elements: Tensor, executed: Tensor, over_actions: OverActions, over_steps: OverSteps) -> Tensor:
+    """Log-probs ``[n, t]`` from elements ``[n, k, H, D]`` of k denoising steps; t is k for ``step``, else 1."""
+    weights = executed_weights(executed, *elements.shape[2:], over_actions)[:, None]
+    steps = (elements * weights).sum((2, 3))
+    if over_steps == "step":
+        return steps
+    return steps.sum(1, keepdim=True) if over_steps == "sum" else steps.mean(1, keepdim=True)
+
+
+def chunk_error(error: Tensor, executed: Tensor) -> Tensor:
+    """Mean ``[n]`` of ``error [n, H, D]`` over the elements of executed actions."""
+    return (error * executed_weights(executed, *error.shape[1:], "mean")).sum((1, 2))
+
+
+def seeded_normals(seeds: Sequence[int], count: int) -> Tensor:
+    """``[n, count]`` normal numbers, row k of ``seeds[k]`` alone."""
+    draw = torch.Generator("cpu")
+    return torch.stack([torch.randn(count, generator=draw.manual_seed(seed)) for seed in seeds])
