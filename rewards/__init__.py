@@ -54,6 +54,10 @@ REWARDS: dict[str, tuple[str, str]] = {
         "right answers earn more when short, wrong ones lose less when long: cosine",
     ),
     "math": ("rewards.math_answers:Math", "whether a mathematical answer equals the true one, by math-verify"),
+    "moving_shapes": (
+        "rewards.moving_shapes:MovingShapes",
+        "exact check of colour, shape, direction and speed in clips of plain shapes",
+    ),
     "number": ("rewards.answers:Number", "whether a number is right within a tolerance"),
     "ocr": ("rewards.ocr:Ocr", "edit distance of the text in the picture to the text wanted"),
     "overlong": ("rewards.text_shape:Overlong", "soft punishment of overlong answers (DAPO)"),

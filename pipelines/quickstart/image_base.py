@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,10 +26,11 @@ from mmrl.world import draw, place
 from mmrl.world.captions import TASKS, Target, all_targets, caption, is_held_out, vocabulary
 from mmrl.world.prompts import read
 from mmrl.world.scenes import COLOURS, OPPOSITE, SHAPES
+from pipelines.quickstart.making import Report, build_t5_encoder, build_t5_tokenizer, write
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 SIDE = 32
 FACTOR = 4
@@ -43,9 +44,6 @@ VAE_STEPS = 1500
 TEXT_STEPS = 600
 CAPTIONS = Path(__file__).parents[2] / "configs" / "quickstart" / "shapes_train.jsonl"
 CONFIG = CAPTIONS.with_name("pretrain_image.yaml")
-
-Report = Callable[[int, dict[str, float]], None]
-"""Called with the number of a step that was made and its losses."""
 
 
 def pretraining_prompts(
@@ -175,43 +173,6 @@ def train_text_encoder(
     return encoder.eval().requires_grad_(False)
 
 
-def build_t5_tokenizer() -> T5Tokenizer:
-    """A T5 tokenizer with one piece for every word of the world and for every letter."""
-    from transformers import T5Tokenizer
-
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = ["▁" + word for word in vocabulary()]
-    # Unigram takes the split with the highest sum of scores, so a whole word beats its letters.
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [(word, -1.0) for word in words] + [(letter, -4.0) for letter in letters]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_TOKENS)
-
-
-def build_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """A T5 encoder without layers: fixed random word vectors, and zero for padding.
-
-    The pipeline needs a third encoder to load without special arguments. It gives it no attention mask and pads to 256
-    by default, so only one that keeps padding apart from words says the same at every length.
-    """
-    from transformers import T5Config, T5EncoderModel
-
-    encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=2 * TEXT_WIDTH,
-            d_kv=16,
-            d_ff=TEXT_WIDTH,
-            num_layers=0,
-            num_heads=4,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    nn.init.normal_(encoder.shared.weight)
-    encoder.shared.weight.data[tokenizer.pad_token_id] = 0
-    return encoder.eval().requires_grad_(False)
-
-
 def build_transformer() -> SD3Transformer2DModel:
     """The denoiser, untrained: 2.3 M parameters, 16 picture tokens."""
     from diffusers import SD3Transformer2DModel
@@ -285,7 +246,7 @@ def assemble(
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     torch.manual_seed(derive_seed(seed, "components"))
-    t5_tokenizer = build_t5_tokenizer()
+    t5_tokenizer = build_t5_tokenizer(vocabulary(), MAX_TOKENS)
     return StableDiffusion3Pipeline(
         transformer=build_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -294,24 +255,9 @@ def assemble(
         tokenizer=build_tokenizer(),
         text_encoder_2=encoders[1],
         tokenizer_2=build_tokenizer(),
-        text_encoder_3=build_t5_encoder(t5_tokenizer),
+        text_encoder_3=build_t5_encoder(t5_tokenizer, 2 * TEXT_WIDTH),
         tokenizer_3=t5_tokenizer,
     )
-
-
-def write(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
-    """Write the folder with the large networks in half precision, in files of less than 4 MB.
-
-    The text encoders stay in single precision: unlike diffusers, transformers loads what it finds in the precision in
-    which it finds it, and a plain ``from_pretrained`` would mix the two.
-    """
-    pipe.transformer.half()
-    pipe.vae.half()
-    pipe.save_pretrained(folder, max_shard_size="3MB")
-    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
-        saved = json.loads(file.read_text())
-        saved.pop("_name_or_path", None)  # where this machine had it
-        file.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
 
 
 def main(out: Path, seed: int = 0, overrides: Sequence[str] = ()) -> None:
