@@ -11,13 +11,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mmrl.types import Decisions, Denoising, Prompt, Rollout, Samples
+from mmrl.types import Chain, Decisions, Denoising, Prompt, Rollout, Samples
 
 VERB_HELP = {
     "means": "only Gaussian decisions have them: with tokens use kl k1, k2 or k3, and neither guard nor dppo",
     "values": "a value head gives them: pipeline.value_head: true",
     "entropy": "only tokens have one",
     "given": "only language models can be given answers",
+    "chain": "only through the sampler of a diffusion or flow pipeline can a reward be differentiated",
     "denoise": "only models that denoise have a forward process: diffusion and flow pipelines, flow heads of robots",
 }
 """What to do about a verb that is missing."""
@@ -33,7 +34,8 @@ class Policy(Protocol):
             "entropy", when ``decisions`` can give the entropy of categorical decisions (once ``keep_entropy`` is set);
             "values", when it has a value head, and rollouts and decisions carry ``value``;
             "given", when it can score completions that it did not sample (``given``, ``completions``);
-            "denoise", when outputs can be noised again and denoised (``denoise``).
+            "denoise", when outputs can be noised again and denoised (``denoise``);
+            "chain", when gradient flows through its sampler (``chain``).
         parameters: what trains.
         counters: work done so far (forwards, prompts encoded...), for tests and reports.
         batch_size: samples per network call; updates use the same, so that a replay sees the same batch shapes.
@@ -74,11 +76,8 @@ class Policy(Protocol):
         explained without encoding its samples again.
         """
 
-    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], grad_steps: int = 0) -> Samples:
-        """One output of the deterministic sampler per prompt; row k's noise is a function of ``seeds[k]`` alone.
-
-        With ``grad_steps=K`` the last K steps carry gradient.
-        """
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Samples:
+        """One output of the deterministic sampler per prompt; row k's noise is a function of ``seeds[k]`` alone."""
 
     def reference(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the policy is the snapshot "reference" if there is one, else the frozen base it started from."""
@@ -105,6 +104,32 @@ class GivenPolicy(Policy, Protocol):
         """Completions without their end, ``text`` behind them, and what the policy says next by ``seeds[k]`` alone.
 
         One that leaves no room within the length limit comes back as it was.
+        """
+
+
+class ChainPolicy(Policy, Protocol):
+    """A policy of the verb "chain".
+
+    Attributes:
+        num_steps: steps of the sampler that training uses.
+    """
+
+    num_steps: int
+
+    def chain(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        chain: Chain,
+        source: Samples | Rollout | Tensor | None = None,
+    ) -> Rollout:
+        """Outputs of a stretch of the deterministic sampler, with gradient, as a rollout without decisions.
+
+        Row k's noise is a function of ``seeds[k]`` alone.
+
+        Args:
+            source: what the chain starts from, where that is not drawn: states ``[N, ...]`` at its begin, or clean
+                outputs (those of a rollout, or the prompts' targets), which are noised to the level of its begin.
         """
 
 
@@ -158,13 +183,17 @@ class Parameters:
         """Inside, the parameters hold the copy ``name``; pointers are swapped, nothing is copied."""
         copies = self.snapshots[name]
         own = {key: p.data for key, p in self.named.items()}
-        for key, p in self.named.items():
-            p.data = copies[key]
+        self._point_to(copies)
         try:
             yield
         finally:
-            for key, p in self.named.items():
-                p.data = own[key]
+            self._point_to(own)
+
+    def _point_to(self, values: Mapping[str, Tensor]) -> None:
+        for key, p in self.named.items():
+            p.data = values[key]
+        # Autocast keeps the low-precision copies that it made of the values before.
+        torch.clear_autocast_cache()
 
     def state(self) -> dict[str, Tensor]:
         """Name to tensor, for a checkpoint."""

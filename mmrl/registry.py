@@ -134,6 +134,22 @@ ALGORITHMS = {
     "reward_backprop": Entry(
         "mmrl.algorithms.reward_backprop:RewardBackprop", "gradient of the reward through the last K steps (DRaFT-K)"
     ),
+    "raft": Entry("mmrl.algorithms.rejection:BestOfN", "fit the best of each group (RAFT, best of n)"),
+    "rwr": Entry(
+        "mmrl.algorithms.reward_weighted:RewardWeighted", "fit weighted by exp(reward / beta) (RWR, Flow-RWR)"
+    ),
+    "awr": Entry("mmrl.algorithms.reward_weighted:AdvantageWeighted", "fit weighted by exp(advantage / beta) (AWR)"),
+    "diffusion_nft": Entry(
+        "mmrl.algorithms.forward_process:DiffusionNFT",
+        "implicit positive and negative predictions on the forward process (DiffusionNFT)",
+    ),
+    "awm": Entry(
+        "mmrl.algorithms.forward_process:AdvantageMatching", "advantage-weighted matching of predictions (AWM)"
+    ),
+    "dgpo": Entry(
+        "mmrl.algorithms.forward_process:GroupPreference", "preference between parts of a group, at shared noise (DGPO)"
+    ),
+    "crd": Entry("mmrl.algorithms.forward_process:CentredReward", "regress centred rewards on denoising errors (CRD)"),
     "sft": Entry("mmrl.algorithms.supervised:Supervised", "supervised training on the prompts' targets"),
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmrl import distributed
+from mmrl.advantages import AdvantageMethod, group_advantages
 from mmrl.algorithms.base import Context
 from mmrl.scoring import Scores
 from mmrl.seeding import derive_seed
@@ -43,6 +44,20 @@ def score_greedy(context: Context, rollout: Rollout, step: int) -> Tensor:
         total = context.scorer(samples, step=step).total.cpu()
     context.tally.spread("reward/greedy", total)
     return total[group]
+
+
+def sample_advantages(scores: Tensor, group: Tensor, method: AdvantageMethod) -> Tensor:
+    """Advantages ``[n]`` of this process's samples; statistics are those of all processes.
+
+    Args:
+        scores: ``[n]``; NaN where no reward applies, whose advantage is 0.
+        group: long ``[n]``, numbered from 0.
+        method: see :func:`mmrl.advantages.group_advantages`.
+    """
+    rank, groups, rows = distributed.rank(), int(group.max()) + 1, len(group)
+    everyone = distributed.gather_rows(group + rank * groups)
+    table = distributed.gather_rows(scores)
+    return group_advantages(table, everyone.to(table.device), method)[rank * rows : (rank + 1) * rows]
 
 
 def tally_scores(tally: Tally, scores: Scores) -> None:
