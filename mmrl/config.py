@@ -137,12 +137,14 @@ class EvalOptions(Strict):
         seed: of the samples' noise; the same at every evaluation and independent of the training seed.
         limit: only the first so many evaluation prompts.
         rewards: what to report; the training rewards when not given.
+        record: of policies that act in an environment, how many prompts' episodes are kept as moving pictures.
     """
 
     samples_per_prompt: Count = 1
     seed: Annotated[int, Field(ge=0)] = 0
     limit: Count | None = None
     rewards: list[Any] | None = None
+    record: Annotated[int, Field(ge=0)] = 8
 
 
 @dataclass

@@ -123,14 +123,15 @@ class Display:
 
         ``first`` is None (or ``values`` themselves) at the first evaluation.
         """
-        now = _evaluation_rows(values)
+        now, intervals = _evaluation_rows(values), _intervals(values)
         before = _evaluation_rows(first) if first is not None and first is not values else {}
         last, self._last_evaluation = self._last_evaluation, now
         if self.silent:
             return
         if not self.console.is_terminal:
             cells = [
-                f"{name} {_score(value)}" + (f" ({_change(value - before[name])})" if name in before else "")
+                f"{name} {_score(value)}{intervals.get(name, '')}"
+                + (f" ({_change(value - before[name])})" if name in before else "")
                 for name, value in now.items()
             ]
             self.message(f"evaluation at step {step}: " + ", ".join(cells))
@@ -139,6 +140,8 @@ class Display:
         table.add_column("score")
         for column in ("before", "last", "now", "change"):
             table.add_column(column, justify="right")
+        if intervals:
+            table.add_column("95% interval")
         for name, value in now.items():
             change = ""
             if name in before:
@@ -146,7 +149,10 @@ class Display:
                 colour = "green" if difference > 0 else "red" if difference < 0 else "dim"
                 change = f"[{colour}]{_change(difference)}[/]"
             cells = [_score(rows[name]) if name in rows else "" for rows in (before, last)]
-            table.add_row(escape(name), *cells, f"[bold]{_score(value)}", change)
+            cells += [f"[bold]{_score(value)}", change]
+            if intervals:
+                cells.append(escape(intervals.get(name, "").strip()))
+            table.add_row(escape(name), *cells)
         self.console.print(table)
 
     def message(self, text: str) -> None:
@@ -161,9 +167,11 @@ class Display:
             return
         evaluations = summary.get("eval") or {}
         before, after = (_evaluation_rows(evaluations.get(key) or {}) for key in ("before", "after"))
+        intervals = _intervals(evaluations.get("after") or {})
         for name, value in after.items():
             if name in before:
-                self.message(f"{name}: {_score(before[name])} -> {_score(value)} ({_change(value - before[name])})")
+                now = f"{_score(value)}{intervals.get(name, '')}"
+                self.message(f"{name}: {_score(before[name])} -> {now} ({_change(value - before[name])})")
         if "steps" in summary and "seconds" in summary:
             self.message(f"{summary['steps']} steps in {duration(float(summary['seconds']))}")
         if summary.get("checkpoint"):
@@ -230,13 +238,25 @@ def _change(value: float) -> str:
 
 
 def _evaluation_rows(values: Mapping[str, Any]) -> dict[str, float]:
-    """Readable name to value of ``eval/...`` entries: totals first, no ``/mean``, no spreads, no full shares."""
+    """Readable name to value of ``eval/...`` entries: totals first, no ``/mean``, no spreads or ends, no full shares."""
     rows = {}
     for key, value in values.items():
         number = _number(value)
         name = key.removeprefix("eval/").removesuffix("/mean")
         if name.endswith("/share") and number == 1:
             continue
-        if number is not None and name != "step" and not name.endswith("/std") and not name.startswith("time/"):
+        hidden = name == "step" or name.startswith("time/") or name.endswith(("/std", "/low", "/high", "/count"))
+        if number is not None and not hidden:
             rows[name] = number
     return dict(sorted(rows.items(), key=lambda row: {"reward": 0, "diversity": 2}.get(row[0], 1)))
+
+
+def _intervals(values: Mapping[str, Any]) -> dict[str, str]:
+    """Readable name to ``" [0.423, 0.484] of 1000"`` of those ``eval/...`` entries that are proportions."""
+    out = {}
+    for key in values:
+        if key.endswith("/low"):
+            base = key.removesuffix("/low")
+            low, high, count = (float(values[f"{base}/{end}"]) for end in ("low", "high", "count"))
+            out[base.removeprefix("eval/")] = f" [{low:.3f}, {high:.3f}] of {count:.0f}"
+    return out

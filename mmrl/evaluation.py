@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,8 @@ from mmrl.algorithms.collecting import row_chunks
 from mmrl.dialogue import readable
 from mmrl.media import save_contact_sheet, save_images, save_videos
 from mmrl.policy import Policy
-from mmrl.scoring import Scorer
+from mmrl.scoring import Scorer, spread
 from mmrl.seeding import derive_seed
-from mmrl.tally import Tally
 from mmrl.types import Prompt, Samples
 
 
@@ -30,34 +31,40 @@ class Evaluation:
         samples_per_prompt: with 2 or more, group-wise rewards such as diversity mean something.
         seed: fixes the noise of every sample, whatever the step.
         scorer: rewards to report; need not be those trained on.
+        record: of policies that act in an environment, how many prompts' episodes are kept as moving pictures.
     """
 
     prompts: Sequence[Prompt]
     samples_per_prompt: int
     seed: int
     scorer: Scorer
+    record: int = 8
 
     @torch.no_grad()
     def __call__(self, policy: Policy, step: int, folder: Path | None = None) -> dict[str, float]:
-        """``{"eval/reward": ..., "eval/<name>/mean": ...}`` over all processes.
+        """``{"eval/reward": ..., "eval/<name>/mean|std|share": ...}`` over all processes.
+
+        A score that is only ever 0 or 1 is a proportion: it also has ``/low`` and ``/high``, its 95% interval over
+        ``/count`` samples (which is too narrow where the samples of a prompt are alike).
 
         Args:
             folder: where to write the samples and ``scores.json``; nothing is written without it.
         """
-        tally = Tally()
+        totals: list[torch.Tensor] = []
+        each: dict[str, list[torch.Tensor]] = {name: [] for name in self.scorer.terms}
         records: list[dict[str, Any]] = []
+        digits = max(3, len(str(len(self.prompts) - 1)))
         mine = list(range(distributed.rank(), len(self.prompts), distributed.world_size()))
         whole_groups = max(1, policy.batch_size // self.samples_per_prompt)
         for rows in row_chunks(len(mine), whole_groups):
             numbers = mine[rows]
-            samples, seeds = self._generate(policy, numbers)
+            samples, seeds = self._generate(policy, numbers, record=folder is not None)
             scores = self.scorer(samples, step=step)
-            tally.spread("eval/reward", scores.total)
+            totals.append(scores.total)
             for name, values in scores.each.items():
-                tally.spread(f"eval/{name}", values)
-                tally.mean(f"eval/{name}/share", (~values.isnan()).float())
+                each[name].append(values)
             if folder is not None:
-                names = [f"{number:03d}-{k}" for number in numbers for k in range(self.samples_per_prompt)]
+                names = [f"{number:0{digits}d}-{k}" for number in numbers for k in range(self.samples_per_prompt)]
                 outputs = _save_outputs(samples, folder, names)
                 marks = self.scorer.marks(samples)
                 for row, prompt in enumerate(samples.prompts):
@@ -75,20 +82,63 @@ class Evaluation:
                     )
         if folder is not None:
             _write_records(folder, records)
-        found = tally.result()
+        found = _statistics("eval/reward", totals)
         if "eval/reward/mean" in found:
-            found["eval/reward"] = found.pop("eval/reward/mean")
+            found = {"eval/reward": found.pop("eval/reward/mean"), **found}
+        for name, parts in each.items():
+            found |= _statistics(f"eval/{name}", parts, share=True)
         return found
 
-    def _generate(self, policy: Policy, numbers: Sequence[int]) -> tuple[Samples, list[int]]:
+    def _generate(self, policy: Policy, numbers: Sequence[int], record: bool) -> tuple[Samples, list[int]]:
         prompts = [self.prompts[number] for number in numbers for _ in range(self.samples_per_prompt)]
         seeds = [
             derive_seed(self.seed, "eval", number, k) for number in numbers for k in range(self.samples_per_prompt)
         ]
-        parts = [policy.generate(prompts[rows], seeds[rows]) for rows in row_chunks(len(prompts), policy.batch_size)]
+        shown = sum(number < self.record for number in numbers) * self.samples_per_prompt if record else 0
+        parts = []
+        for rows in row_chunks(len(prompts), policy.batch_size):
+            with _recording(policy, max(shown - rows.start, 0)):
+                parts.append(policy.generate(prompts[rows], seeds[rows]))
         samples = Samples.cat(parts)
         samples.group = torch.arange(len(numbers)).repeat_interleave(self.samples_per_prompt)
         return samples, seeds
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% interval of a probability of which ``count`` independent trials gave ``share`` (Wilson 1927).
+
+    Within [0, 1], and of some width also where all trials failed or all succeeded.
+    """
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    whole = 1 + z * z / count
+    return max((middle - half) / whole, 0.0), min((middle + half) / whole, 1.0)
+
+
+def _statistics(name: str, parts: Sequence[torch.Tensor], share: bool = False) -> dict[str, float]:
+    """Of the scores of all processes; ``share`` also gives the part of the samples that have one."""
+    scores = distributed.gather_ragged(torch.cat([part.detach().cpu() for part in parts] or [torch.empty(0)]))
+    found = spread(name, scores)
+    known = scores[~scores.isnan()]
+    if len(known) and ((known == 0) | (known == 1)).all():
+        low, high = wilson_interval(found[f"{name}/mean"], len(known))
+        found |= {f"{name}/low": low, f"{name}/high": high, f"{name}/count": len(known)}
+    if share and len(scores):
+        found[f"{name}/share"] = len(known) / len(scores)
+    return found
+
+
+@contextlib.contextmanager
+def _recording(policy: Policy, count: int) -> Iterator[None]:
+    """Inside, a policy that can keep pictures of its first ``count`` episodes does so."""
+    before = getattr(policy, "record", None)
+    if before is not None:
+        policy.record = count
+    try:
+        yield
+    finally:
+        if before is not None:
+            policy.record = before
 
 
 def _save_outputs(samples: Samples, folder: Path, names: list[str]) -> list[dict[str, str]]:
@@ -97,6 +147,10 @@ def _save_outputs(samples: Samples, folder: Path, names: list[str]) -> list[dict
         return [{"file": path.name} for path in save_images(samples.images, folder, names)]
     if samples.videos is not None:
         return [{"file": path.name} for path in save_videos(samples.videos, folder, names)]
+    if samples.episodes is not None:
+        shown = [(row, one.frames) for row, one in enumerate(samples.episodes) if one.frames is not None]
+        files = {row: save_videos(frames[None] / 255, folder, [names[row]])[0].name for row, frames in shown}
+        return [{"file": files[row]} if row in files else {} for row in range(len(names))]
     if samples.texts is None:
         return [{} for _ in names]
     saved: dict[int, str] = {}

@@ -146,7 +146,7 @@ def _evaluation(stage: StageConfig, data: StageData) -> Evaluation | None:
     scorer = build_scorer(stage.eval_rewards)
     if scorer is None:
         return None
-    return Evaluation(data.eval, stage.eval.samples_per_prompt, stage.eval.seed, scorer)
+    return Evaluation(data.eval, stage.eval.samples_per_prompt, stage.eval.seed, scorer, stage.eval.record)
 
 
 def _overview(config: Config, policy: Policy, device: torch.device) -> dict[str, Any]:

@@ -244,7 +244,7 @@ class Trainer:
                 self.policy.export(self.run_dir / "model")
             found = _evaluations(self.run_dir)
             summary = {
-                "eval": {"before": found[0], "after": found[-1]} if found else {},
+                "eval": {"before": _named(found[0]), "after": _named(found[-1])} if found else {},
                 "steps": self.state.step,
                 "seconds": round(self.state.seconds, 3),
                 "checkpoint": str(saved[-1]) if saved else None,
@@ -287,6 +287,12 @@ def _evaluations(run_dir: Path) -> list[dict[str, float]]:
         for line in read_metrics(run_dir)
         if any(key.startswith("eval/") for key in line)
     ]
+
+
+def _named(evaluation: dict[str, float]) -> dict[str, float]:
+    """With each reward's mean also under the plain name of the reward."""
+    means = {key.removesuffix("/mean"): value for key, value in evaluation.items() if key.endswith("/mean")}
+    return means | evaluation
 
 
 def _device_type(policy: Policy) -> str:
