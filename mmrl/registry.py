@@ -35,11 +35,13 @@ class Entry:
 
 
 _POLICY_GRADIENT = "mmrl.algorithms.policy_gradient:PolicyGradient"
+_REWARD_BACKPROP = "mmrl.algorithms.reward_backprop:RewardBackprop"
 _WHITENED = {"whiten": True, "aggregation": "token", "advantage_clip": None}
 
 PIPELINES = {
     "diffusion": Entry("pipelines.diffusion:DiffusionPolicy", "any diffusers pipeline, through its scheduler"),
     "vlm": Entry("pipelines.vlm.policy:VLMPolicy", "any transformers model for images and text"),
+    "robot": Entry("pipelines.robot.policy:RobotPolicy", "action heads over gymnasium environments"),
 }
 ALGORITHMS = {
     "grpo": Entry(_POLICY_GRADIENT, "clipped policy gradient with group-normalised advantages (GRPO, Flow-GRPO)"),
@@ -112,6 +114,11 @@ ALGORITHMS = {
     "cispo": Entry(_POLICY_GRADIENT, "policy gradient weighted by the clamped ratio (CISPO)", {"objective": "cispo"}),
     "sapo": Entry(_POLICY_GRADIENT, "a sigmoid instead of the clip's edge (SAPO)", {"objective": "sapo"}),
     "gmpo": Entry(_POLICY_GRADIENT, "geometric mean of a sample's clipped ratios (GMPO)", {"objective": "gmpo"}),
+    "nft": Entry(
+        _POLICY_GRADIENT,
+        "right answers by likelihood, wrong ones by that of an implicit negative policy (NFT)",
+        {"objective": "nft", "advantage_clip": None},
+    ),
     "reg_grpo": Entry(
         _POLICY_GRADIENT,
         "regress advantages on log-ratios instead of clipping (DeepVideo-R1)",
@@ -131,8 +138,33 @@ ALGORITHMS = {
     "dpo": Entry(
         "mmrl.algorithms.preference:PreferenceOptimisation", "online DPO on best/worst pairs of a group (Diffusion-DPO)"
     ),
-    "reward_backprop": Entry(
-        "mmrl.algorithms.reward_backprop:RewardBackprop", "gradient of the reward through the last K steps (DRaFT-K)"
+    "reward_backprop": Entry(_REWARD_BACKPROP, "gradient of the reward through the sampler's last K steps (DRaFT-K)"),
+    "draft": Entry(_REWARD_BACKPROP, "gradient of the reward through all steps (DRaFT)", {"grad_steps": "all"}),
+    "draft_lv": Entry(
+        _REWARD_BACKPROP, "the last step's gradient at several draws of noise (DRaFT-LV)", {"renoise": 2}
+    ),
+    "alignprop": Entry(
+        _REWARD_BACKPROP, "gradient through a random number of last steps (AlignProp)", {"grad_steps": "random"}
+    ),
+    "refl": Entry(
+        _REWARD_BACKPROP,
+        "gradient of one late step, whose estimate of the output is scored (ReFL)",
+        {"stop": (0.75, 1.0), "hinge": 2.0},
+    ),
+    "controlnet_pp": Entry(
+        _REWARD_BACKPROP,
+        "the noised target is cleaned in one step and scored (ControlNet++)",
+        {"begin": (0.8, 1.0), "stop": (0.0, 0.0), "fit_coef": 2.0},
+    ),
+    "ctrl_u": Entry(
+        _REWARD_BACKPROP,
+        "ControlNet++ with losses weighted by how sure the reward is (Ctrl-U)",
+        {"begin": (0.6, 1.0), "stop": (0.0, 0.0), "fit_coef": 10.0, "group_size": 2, "uncertainty": 1.0, "hinge": 1.0},
+    ),
+    "instructvideo": Entry(
+        _REWARD_BACKPROP,
+        "the noised target goes through the last part of the sampler",
+        {"begin": (0.4, 0.4)},
     ),
     "raft": Entry("mmrl.algorithms.rejection:BestOfN", "fit the best of each group (RAFT, best of n)"),
     "rwr": Entry(
@@ -150,6 +182,21 @@ ALGORITHMS = {
         "mmrl.algorithms.forward_process:GroupPreference", "preference between parts of a group, at shared noise (DGPO)"
     ),
     "crd": Entry("mmrl.algorithms.forward_process:CentredReward", "regress centred rewards on denoising errors (CRD)"),
+    "prdp": Entry(
+        "mmrl.algorithms.reward_difference:RewardDifference",
+        "regress reward differences on log-ratios of whole samples (PRDP)",
+    ),
+    "distill": Entry(
+        "mmrl.algorithms.distillation:Distillation", "KL to a teacher at the decisions that the policy takes itself"
+    ),
+    "distill_predictions": Entry(
+        "mmrl.algorithms.distillation:PredictionDistillation",
+        "a teacher's predictions (velocities) on the policy's own outputs",
+    ),
+    "soar": Entry(
+        "mmrl.algorithms.self_correction:SelfCorrection",
+        "supervised training that also learns the way back from the model's own steps (SOAR)",
+    ),
     "sft": Entry("mmrl.algorithms.supervised:Supervised", "supervised training on the prompts' targets"),
 }
 

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipelines.adapters import LoRA
     from pipelines.diffusion import DiffusionPolicy
+    from pipelines.robot.policy import RobotPolicy
     from pipelines.vlm.policy import VLMPolicy
     from pipelines.vlm.training import VLMLoRA
 
-__all__ = ["DiffusionPolicy", "LoRA", "VLMLoRA", "VLMPolicy"]
+__all__ = ["DiffusionPolicy", "LoRA", "RobotPolicy", "VLMLoRA", "VLMPolicy"]
 
 _HOMES = {
     "DiffusionPolicy": "pipelines.diffusion",
     "LoRA": "pipelines.adapters",
+    "RobotPolicy": "pipelines.robot.policy",
     "VLMLoRA": "pipelines.vlm.training",
     "VLMPolicy": "pipelines.vlm.policy",
 }

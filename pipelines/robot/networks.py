@@ -2,21 +2,23 @@
 
 An *encoder* is a module ``encoder(observation) -> context`` with an attribute ``context_dim``. The context is a float
 tensor ``[n, context_dim]``, or anything else with rows that the action head at hand can take (it must offer
-``repeat_interleave(k, 0)`` like a tensor). It is computed once for each turn, however many denoising steps follow.
+``repeat_interleave(k, 0)`` like a tensor, and ``pooled()`` as a tensor for value heads). It is computed once for each
+turn, however many denoising steps follow. An encoder may bring networks of its own for action heads:
+``chunk_network(horizon, action_dim, time_width)`` in the place of :class:`ChunkNetwork`, and ``token_network``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mmrl.errors import UserError, nearest
-from mmrl.registry import load_object
+from mmrl.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.robot.envs import Observation
@@ -42,40 +44,10 @@ class Spaces:
     action_dim: int
 
 
-def build_named(names: Mapping[str, str], item: str | Mapping[str, Any], path: str, *given: Any) -> Any:
-    """The component that ``item`` names, built as ``Component(*given, **options)``.
-
-    Args:
-        names: choices, name to ``"module:attribute"``; targets of that form are taken as well.
-        item: a name, or a mapping ``{type: name, ...options}``.
-        path: where it stands in the config, for messages.
-
-    Raises:
-        UserError: unknown name or option, or an option out of range.
-    """
-    target, options = named_options(names, item, path, len(given))
-    return target(*given, **options)
-
-
-def named_options(names: Mapping[str, str], item: str | Mapping[str, Any], path: str, given: int) -> tuple[Any, dict]:
-    """The class that ``item`` names and its checked options; the first ``given`` parameters are not options."""
-    from mmrl.options import options_model, signature_fields, validate, values
-
-    item = {"type": item} if isinstance(item, str) else dict(item)
-    name = item.pop("type", None)
-    if not isinstance(name, str):
-        raise UserError(f"'{path}.type' is missing (choices: {', '.join(names)})")
-    if ":" not in name and name not in names:
-        raise UserError(f"'{path}.type': there is no '{name}'{nearest(name, names)}")
-    target = load_object(names.get(name, name))
-    skip = list(signature_fields(target)[0])[:given]
-    return target, values(validate(options_model(target, skip), item, where=f"'{path}'", path=""))
-
-
 def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.Mish) -> nn.Sequential:
     """Linear layers of the given sizes with the activation between them."""
     layers: list[nn.Module] = []
-    for number, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for number, (before, after) in enumerate(pairwise(sizes)):
         layers += [nn.Linear(before, after)] if number == len(sizes) - 2 else [nn.Linear(before, after), activation()]
     return nn.Sequential(*layers)
 
@@ -173,5 +145,6 @@ class ValueNetwork(nn.Module):
         super().__init__()
         self.layers = mlp([context_dim, *hidden, 1])
 
-    def forward(self, context: Tensor) -> Tensor:
-        return self.layers(context.detach())[:, 0]
+    def forward(self, context: Any) -> Tensor:
+        features = context if isinstance(context, Tensor) else context.pooled()
+        return self.layers(features.detach())[:, 0]

@@ -20,7 +20,14 @@ class Statistics:
     def __init__(self, size: int):
         names = "count", "mean", "square"
         shapes = (), (size,), (size,)
-        self.buffers = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in zip(names, shapes, strict=True)}
+        self.buffers = {
+            name: torch.zeros(shape, dtype=torch.float64) for name, shape in zip(names, shapes, strict=True)
+        }
+
+    @property
+    def known(self) -> bool:
+        """Whether any states were added."""
+        return bool(self.buffers["count"] > 0)
 
     def add(self, states: Tensor) -> None:
         """Merge states ``[n, S]`` of all processes in (Chan et al. 1979: sums of squares about the means)."""

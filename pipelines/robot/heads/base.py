@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmrl.types import Decisions
+from mmrl.types import Decisions, Denoising
 
 OverActions = Literal["mean", "sum"]
 OverSteps = Literal["step", "mean", "sum"]
@@ -21,11 +21,19 @@ OverSteps = Literal["step", "mean", "sum"]
 
 @dataclass(frozen=True)
 class HeadShape:
-    """What a head is built for: width of the context, actions of a chunk, numbers of an action."""
+    """What a head is built for.
+
+    Attributes:
+        context_dim: width of the context.
+        horizon, action_dim: actions of a chunk, numbers of an action.
+        encoder: what makes the contexts; it may bring networks for heads (:mod:`pipelines.robot.networks`). None where
+            only the options of a head are looked at.
+    """
 
     context_dim: int
     horizon: int
     action_dim: int
+    encoder: Any = None
 
 
 @dataclass
@@ -45,6 +53,11 @@ class Sampled:
     elements: Tensor | None = None
     mean: Tensor | None = None
 
+    def first(self, n: int) -> Sampled:
+        """The first ``n`` rows."""
+        elements, mean = (None if x is None else x[:n] for x in (self.elements, self.mean))
+        return Sampled(self.actions[:n], {name: x[:n] for name, x in self.record.items()}, elements, mean)
+
 
 class ActionHead(nn.Module):
     """Samples chunks of actions from contexts, scores recorded ones again and explains given ones.
@@ -56,14 +69,19 @@ class ActionHead(nn.Module):
         elements_per_decision: numbers whose log-probs one decision's log-prob is a sum or mean over, when all H actions
             are executed.
         verbs: what it offers besides sampling, ``decisions`` and ``fit``: "means" if decisions are Gaussians of a fixed
-            std whose log-prob is the mean over elements, "entropy" if ``decisions`` gives entropies.
-        steps: network calls of a sample.
+            std whose log-prob is the mean over elements, "entropy" if ``decisions`` gives entropies once its attribute
+            ``keep_entropy`` is set, "denoise" if chunks can be noised again.
+        steps, trained_calls: rows through its network that a turn costs in sampling and in ``decisions``.
+        fit_normals: standard normal numbers that explaining one chunk takes.
     """
 
     decisions_per_turn: int = 1
     elements_per_decision: int = 1
     verbs: frozenset[str] = frozenset()
     steps: int = 1
+    trained_calls: int = 1
+    keep_entropy: bool = False
+    fit_normals: int = 0
 
     def draw(self, turns: int, generator: torch.Generator, deterministic: bool = False) -> Tensor:
         """The random numbers ``[turns, m]`` of so many turns of one episode, on the CPU."""
@@ -88,15 +106,34 @@ class ActionHead(nn.Module):
     def decisions(
         self, context: Any, record: Mapping[str, Tensor], executed: Tensor, columns: Sequence[int] | None = None
     ) -> Decisions:
-        """The recorded decisions ``columns`` (of t; default all) of n turns, with gradient: every field ``[n, ...]``."""
+        """Recorded decisions of n turns, the ``columns`` of t (default all), with gradient: fields ``[n, t, ...]``."""
         raise NotImplementedError
 
-    def fit(self, context: Any, actions: Tensor, executed: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Loss ``[n]`` of explaining chunks ``[n, H, D]``; noise of row k is a function of ``seeds[k]`` alone."""
+    def fit(self, context: Any, actions: Tensor, executed: Tensor, normals: Tensor) -> Tensor:
+        """Loss ``[n]`` of explaining chunks ``[n, H, D]``; all chance is in ``normals`` ``[n, fit_normals]``."""
+        raise NotImplementedError
+
+    def denoise(self, context: Any, actions: Tensor, executed: Tensor, normals: Tensor, at: Denoising | None):
+        """See :meth:`mmrl.policy.Policy.denoise`, for n chunks; from heads of the verb "denoise"."""
         raise NotImplementedError
 
     def begin_stage(self) -> None:
         """Called as a stage of training starts: the place to keep what must stay as it is now."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """What :meth:`begin_stage` kept, by name, for checkpoints."""
+        return {}
+
+    @classmethod
+    def offers(cls, horizon: int, options: Mapping[str, Any]) -> frozenset[str]:
+        """``verbs`` of a head with these options, whose faults raise ``UserError``; builds the smallest one."""
+        return cls(HeadShape(1, horizon, 1), **options).verbs
+
+    @classmethod
+    def forwards(cls, horizon: int, options: Mapping[str, Any]) -> dict[str, int]:
+        """Rows through its network that one turn costs for each verb."""
+        head = cls(HeadShape(1, horizon, 1), **options)
+        return {"rollout": head.steps, "decisions": head.trained_calls, "fit": 1, "generate": head.steps}
 
     def overview(self) -> str:
         """One line on what a decision is, for the terminal."""
@@ -105,10 +142,8 @@ class ActionHead(nn.Module):
 
 def executed_weights(executed: Tensor, horizon: int, action_dim: int, over: OverActions) -> Tensor:
     """``[n, H, 1]``: what each element's log-prob counts in its decision's, 0 for actions that were not executed."""
-    live = (torch.arange(horizon, device=executed.device) < executed[:, None]).float()
-    if over == "mean":
-        live = live / (executed[:, None] * action_dim)
-    return live[:, :, None]
+    live = live_actions(executed, horizon).float()
+    return live if over == "sum" else live / (executed[:, None, None] * action_dim)
 
 
 def chunk_logp(elements: Tensor, executed: Tensor, over_actions: OverActions, over_steps: OverSteps) -> Tensor:
@@ -125,7 +160,6 @@ def chunk_error(error: Tensor, executed: Tensor) -> Tensor:
     return (error * executed_weights(executed, *error.shape[1:], "mean")).sum((1, 2))
 
 
-def seeded_normals(seeds: Sequence[int], count: int) -> Tensor:
-    """``[n, count]`` normal numbers, row k of ``seeds[k]`` alone."""
-    draw = torch.Generator("cpu")
-    return torch.stack([torch.randn(count, generator=draw.manual_seed(seed)) for seed in seeds])
+def live_actions(executed: Tensor, horizon: int) -> Tensor:
+    """bool ``[n, H, 1]``: which actions of a chunk were carried out."""
+    return (torch.arange(horizon, device=executed.device) < executed[:, None])[:, :, None]

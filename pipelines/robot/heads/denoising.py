@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmrl.errors import UserError
-from mmrl.types import Decisions
+from mmrl.types import Decisions, Denoising
 from pipelines.robot.heads.base import (
     ActionHead,
     HeadShape,
@@ -24,7 +26,7 @@ from pipelines.robot.heads.base import (
     Sampled,
     chunk_error,
     chunk_logp,
-    seeded_normals,
+    live_actions,
 )
 from pipelines.robot.networks import ChunkNetwork, NoiseNetwork
 from pipelines.step_kernel import (
@@ -51,7 +53,8 @@ class DenoisingHead(ActionHead):
     Args:
         shape: of context and chunk.
         network: ``network(context, x, time) -> [n, H, D]`` with an attribute ``time`` that embeds times.
-        steps: coefficients of the K steps with noise.
+        noise: learned stds, in place of the steps' own.
+        steps: coefficients of the K steps as they are with noise.
         plain: those of the deterministic sampler.
         times: ``[K]`` in [0, 1], what the network is told.
     """
@@ -60,6 +63,7 @@ class DenoisingHead(ActionHead):
         self,
         shape: HeadShape,
         network: nn.Module,
+        noise: NoiseNetwork | None,
         steps: Sequence[StepCoefficients],
         plain: Sequence[StepCoefficients],
         times: Sequence[float],
@@ -67,7 +71,6 @@ class DenoisingHead(ActionHead):
         early: Literal["ode", "frozen"],
         min_std: float,
         min_logp_std: float | None,
-        noise: NoiseNetwork | None,
         noise_clip: float | None,
         sample_clip: float | None,
         logp_clamp: tuple[float, float] | None,
@@ -92,7 +95,7 @@ class DenoisingHead(ActionHead):
             raise UserError(f"train_steps is {train_steps}, but only {len(noisy)} of {self.steps} steps add noise")
         self.random = train_steps == "random"
         self.trained = noisy[-train_steps:] if isinstance(train_steps, int) else noisy
-        self.decision_steps = 1 if self.random else len(self.trained)
+        self.decision_steps = self.trained_calls = 1 if self.random else len(self.trained)
         self.decisions_per_turn = self.decision_steps if over_steps == "step" else 1
         # Steps before the trained ones: their noise is that of the frozen copy, as in DPPO.
         self.frozen = deepcopy(network).requires_grad_(False) if early == "frozen" else None
@@ -104,7 +107,8 @@ class DenoisingHead(ActionHead):
         steps_in = self.decision_steps if over_steps == "sum" else 1
         self.elements_per_decision = steps_in * (shape.horizon * shape.action_dim if over_actions == "sum" else 1)
         plain_gaussian = noise is None and logp_clamp is None and self.decisions_per_turn == self.decision_steps
-        self.verbs = frozenset({"means"} if plain_gaussian and over_actions == "mean" else ())
+        self.verbs = frozenset({"denoise", "means"} if plain_gaussian and over_actions == "mean" else {"denoise"})
+        self.fit_normals = 1 + shape.horizon * shape.action_dim
 
     def endpoints(self, x: Tensor, output: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Estimates of the clean chunk and of the noise from the network's output at the steps ``index`` ``[n]``."""
@@ -116,7 +120,7 @@ class DenoisingHead(ActionHead):
         return self
 
     def transition(self, context: Any, x: Tensor, index: Tensor, noisy: Tensor, frozen: bool = False):
-        """Mean ``[n, H, D]`` and std of the step ``index`` ``[n]`` from ``x``; ``noisy`` ``[n]`` says where it has noise.
+        """Mean ``[n, H, D]`` and std of the steps ``index`` ``[n]`` from ``x``, with noise where ``noisy`` ``[n]``.
 
         The std broadcasts against the mean and is without floors. ``frozen`` asks the copy that early steps keep.
         """
@@ -140,9 +144,7 @@ class DenoisingHead(ActionHead):
     def sample(self, context: Any, draws: Tensor, deterministic: bool = False) -> Sampled:
         """See :meth:`ActionHead.sample`."""
         n, size = len(draws), self.shape.horizon * self.shape.action_dim
-        noise = draws[:, : draws.shape[1] // size * size].unflatten(
-            1, (-1, self.shape.horizon, self.shape.action_dim)
-        )
+        noise = draws[:, : draws.shape[1] // size * size].unflatten(1, (-1, self.shape.horizon, self.shape.action_dim))
         chosen = None
         if self.random and not deterministic:
             place = (draws[:, -1] * len(self.trained)).long().clamp(max=len(self.trained) - 1)
@@ -208,15 +210,39 @@ class DenoisingHead(ActionHead):
         if "means" not in self.verbs:
             return Decisions(logp)
         # What was not executed must not count in divergences either.
-        live = (torch.arange(self.shape.horizon, device=executed.device) < executed[:, None])[:, None, :, None]
+        live = live_actions(executed, self.shape.horizon)[:, None]
         mean = torch.where(live, mean.unflatten(0, (n, k)), after)
         std = std.clamp(min=self.min_logp_std).view(n, k)
         return Decisions(logp, action=after, mean=mean, std=std, dt=self._table.dt[index])
+
+    def noised(self, actions: Tensor, normals: Tensor) -> Denoising:
+        """Chunks ``[n, H, D]`` at noise levels drawn for training, without a prediction."""
+        raise NotImplementedError
+
+    def denoise(
+        self, context: Any, actions: Tensor, executed: Tensor, normals: Tensor, at: Denoising | None = None
+    ) -> Denoising:
+        """The network's prediction at noise levels of ``normals`` or at given states.
+
+        Where actions were not executed the prediction is the target, so that they teach nothing.
+        """
+        at = self.noised(actions, normals) if at is None else at
+        predicted = self.network(context, at.x, at.time)
+        return replace(at, prediction=torch.where(live_actions(executed, self.shape.horizon), predicted, at.target))
+
+    def fit(self, context: Any, actions: Tensor, executed: Tensor, normals: Tensor) -> Tensor:
+        """Squared error of the prediction, mean over executed actions and their numbers."""
+        found = self.denoise(context, actions, executed, normals)
+        return chunk_error((found.prediction - found.target).square(), executed)
 
     def begin_stage(self) -> None:
         """Early steps keep the network as it is now."""
         if self.frozen is not None:
             self.frozen.load_state_dict(self.network.state_dict())
+
+    def kept(self) -> dict[str, Tensor]:
+        """The copy that early steps use."""
+        return {} if self.frozen is None else {f"frozen.{name}": x for name, x in self.frozen.state_dict().items()}
 
     def overview(self) -> str:
         """Which steps are trained and what a log-prob is over."""
@@ -253,7 +279,6 @@ class FlowHead(DenoisingHead):
         over_steps: every denoising ``step`` is a decision with a ratio of its own, or the chunk is one decision whose
             log-prob is the ``mean`` or ``sum`` over steps.
         over_actions: log-probs are the ``mean`` or the ``sum`` over executed actions and their numbers.
-        network: in place of the MLP; see :class:`DenoisingHead`. Not from a config.
     """
 
     def __init__(
@@ -274,26 +299,16 @@ class FlowHead(DenoisingHead):
         logp_clamp: tuple[float, float] | None = None,
         over_steps: OverSteps = "step",
         over_actions: OverActions = "mean",
-        network: Any = None,
     ):
         sigmas = [1 - k / num_steps for k in range(num_steps + 1)]
         kind = "ode" if learned_std is not None else step
 
         def coefficients(kind: str) -> list[StepCoefficients]:
-            return [
-                flow_coefficients(kind, now, after, noise_level, sigmas[1])
-                for now, after in zip(sigmas, sigmas[1:], strict=False)
-            ]
+            return [flow_coefficients(kind, now, after, noise_level, sigmas[1]) for now, after in pairwise(sigmas)]
 
-        if network is None:
-            network = ChunkNetwork(shape.context_dim, shape.horizon, shape.action_dim, hidden, time_width)
-        noise = None
-        if learned_std is not None:
-            sizes = shape.context_dim, time_width, shape.horizon, shape.action_dim
-            noise = NoiseNetwork(*sizes, noise_hidden, learned_std)
         super().__init__(
             shape,
-            network,
+            *_networks(shape, hidden, time_width, learned_std, noise_hidden),
             coefficients(kind),
             coefficients("ode"),
             sigmas[:-1],
@@ -301,7 +316,6 @@ class FlowHead(DenoisingHead):
             early,
             min_std,
             min_logp_std,
-            noise,
             noise_clip,
             None,
             logp_clamp,
@@ -313,14 +327,13 @@ class FlowHead(DenoisingHead):
         """See :func:`pipelines.step_kernel.flow_endpoints`."""
         return flow_endpoints(x, output, self.times[index].view(-1, 1, 1))
 
-    def fit(self, context: Any, actions: Tensor, executed: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Flow-matching error at a uniform sigma."""
-        normals = seeded_normals(seeds, 1 + actions[0].numel()).to(actions.device)
-        # One draw a row is cheapest: the normal distribution's own function makes it uniform.
+    def noised(self, actions: Tensor, normals: Tensor) -> Denoising:
+        """At a uniform sigma."""
+        # A normal number made uniform by its own distribution function, so that a row draws once.
         sigma = torch.special.ndtr(normals[:, 0])
         noise = normals[:, 1:].view_as(actions)
         x = torch.lerp(actions, noise, sigma[:, None, None])
-        return chunk_error((self.network(context, x, sigma) - (noise - actions)).square(), executed)
+        return Denoising(noise - actions, x, sigma, sigma)
 
 
 class DiffusionHead(DenoisingHead):
@@ -358,7 +371,6 @@ class DiffusionHead(DenoisingHead):
         logp_clamp: tuple[float, float] | None = None,
         over_steps: OverSteps = "step",
         over_actions: OverActions = "mean",
-        network: Any = None,
     ):
         levels = diffusion_steps or num_steps
         if levels % num_steps:
@@ -373,15 +385,9 @@ class DiffusionHead(DenoisingHead):
         def coefficients(eta: float) -> list[StepCoefficients]:
             return [ddim_coefficients(a, b, eta, 1 / num_steps) for a, b in zip(used, following, strict=True)]
 
-        if network is None:
-            network = ChunkNetwork(shape.context_dim, shape.horizon, shape.action_dim, hidden, time_width)
-        noise = None
-        if learned_std is not None:
-            sizes = shape.context_dim, time_width, shape.horizon, shape.action_dim
-            noise = NoiseNetwork(*sizes, noise_hidden, learned_std)
         super().__init__(
             shape,
-            network,
+            *_networks(shape, hidden, time_width, learned_std, noise_hidden),
             coefficients(eta),
             coefficients(0.0),
             [(place + 1) / levels for place in places],
@@ -389,7 +395,6 @@ class DiffusionHead(DenoisingHead):
             early,
             min_std,
             min_logp_std,
-            noise,
             noise_clip,
             sample_clip,
             logp_clamp,
@@ -407,12 +412,30 @@ class DiffusionHead(DenoisingHead):
             return x0hat, noise
         return diffusion_endpoints(x, x0hat.clamp(-self.sample_clip, self.sample_clip), bar, "sample")
 
-    def fit(self, context: Any, actions: Tensor, executed: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Squared error of the predicted noise at a uniform level."""
-        normals = seeded_normals(seeds, 1 + actions[0].numel()).to(actions.device)
+    def noised(self, actions: Tensor, normals: Tensor) -> Denoising:
+        """At a uniform level."""
         levels = len(self.bars)
         level = (torch.special.ndtr(normals[:, 0]) * levels).long().clamp(max=levels - 1)
         noise = normals[:, 1:].view_as(actions)
-        bar = self.bars[level].view(-1, 1, 1)
-        x = bar.sqrt() * actions + (1 - bar).sqrt() * noise
-        return chunk_error((self.network(context, x, (level + 1) / levels) - noise).square(), executed)
+        bar = self.bars[level]
+        signal, spread = bar.sqrt(), (1 - bar).sqrt()
+        x = signal.view(-1, 1, 1) * actions + spread.view(-1, 1, 1) * noise
+        return Denoising(noise, x, (level + 1) / levels, spread / signal)
+
+
+def _networks(
+    shape: HeadShape,
+    hidden: Sequence[int],
+    time_width: int,
+    learned_std: tuple[float, float] | None,
+    noise_hidden: Sequence[int],
+) -> tuple[nn.Module, NoiseNetwork | None]:
+    """What is asked at every step, the encoder's own or an MLP, and the network of learned stds if they are."""
+    make = getattr(shape.encoder, "chunk_network", None)
+    network = make(shape.horizon, shape.action_dim, time_width) if make is not None else None
+    if network is None:
+        network = ChunkNetwork(shape.context_dim, shape.horizon, shape.action_dim, hidden, time_width)
+    if learned_std is None:
+        return network, None
+    sizes = shape.context_dim, time_width, shape.horizon, shape.action_dim
+    return network, NoiseNetwork(*sizes, noise_hidden, learned_std)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mmrl.types import Decisions
-from pipelines.robot.heads.base import ActionHead, HeadShape, OverActions, Sampled, chunk_error, chunk_logp
+from pipelines.robot.heads.base import (
+    ActionHead,
+    HeadShape,
+    OverActions,
+    Sampled,
+    chunk_error,
+    chunk_logp,
+    live_actions,
+)
 from pipelines.robot.networks import mlp
 from pipelines.step_kernel import gaussian_log_density
 
@@ -80,12 +88,11 @@ class GaussianHead(ActionHead):
         logp = self.logp(gaussian_log_density(after, mean, std), executed)
         if "means" not in self.verbs:
             return Decisions(logp)
-        live = (torch.arange(self.shape.horizon, device=executed.device) < executed[:, None])[:, :, None]
-        mean = torch.where(live, mean, after)
+        mean = torch.where(live_actions(executed, self.shape.horizon), mean, after)
         width = std[0, 0].expand(len(after), 1)
         return Decisions(logp, after[:, None], mean[:, None], width, dt=torch.ones_like(width))
 
-    def fit(self, context: Tensor, actions: Tensor, executed: Tensor, seeds: Sequence[int]) -> Tensor:
+    def fit(self, context: Tensor, actions: Tensor, executed: Tensor, normals: Tensor) -> Tensor:
         """Mean negative log-density of the elements; nothing is drawn."""
         mean, std = self.transition(context)
         return -chunk_error(gaussian_log_density(actions, mean, std), executed)
