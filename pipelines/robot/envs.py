@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from torch import Tensor
 from mmrl.errors import UserError, nearest
 from mmrl.options import options_model, validate, values
 from mmrl.types import Rows
-from pipelines.robot.stepping import Chunk, InThisProcess, check_space
+from pipelines.robot.planar import TASKS
+from pipelines.robot.processes import Processes
+from pipelines.robot.singles import SingleEnvs
+from pipelines.robot.stepping import Chunk, InThisProcess, Layout
 
 
 @dataclass(eq=False)
@@ -69,9 +72,7 @@ class Backend(Protocol):
     """Where the environments run; arrays are numpy's. See :class:`pipelines.robot.stepping.InThisProcess`."""
 
     num_envs: int
-    max_steps: int
-    observation_space: gymnasium.spaces.Dict
-    action_space: gymnasium.spaces.Box
+    layout: Layout
 
     def restart(self, rows: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]: ...
     def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[dict[str, Any], Chunk]: ...
@@ -96,14 +97,10 @@ class Envs:
 
     def __init__(self, backend: Backend, name: str):
         self.backend, self.name = backend, name
-        self.size, self.max_steps = backend.num_envs, backend.max_steps
-        check_space(backend.action_space, name)
-        self.action_low = torch.from_numpy(backend.action_space.low.astype(np.float32))
-        self.action_high = torch.from_numpy(backend.action_space.high.astype(np.float32))
+        self.size, layout = backend.num_envs, backend.layout
+        self.action_low, self.action_high = torch.tensor(layout.action_low), torch.tensor(layout.action_high)
         self.action_dim = len(self.action_low)
-        spaces = backend.observation_space.spaces
-        self.state_dim = spaces["state"].shape[0] if "state" in spaces else None
-        self.image_shape = spaces["image"].shape if "image" in spaces else None
+        self.state_dim, self.image_shape, self.max_steps = layout.state_dim, layout.image_shape, layout.max_steps
         self._seeds: list[int] = []
         self._done = np.zeros(0, bool)
 
@@ -117,7 +114,7 @@ class Envs:
         self._seeds = [int(seed) for seed in seeds]
         self._done = np.zeros(len(seeds), bool)
         rows = np.arange(len(seeds))
-        return self._observation(self.backend.restart(rows, self._seeds), rows)
+        return self._observation(self.backend.restart(rows, self._seeds))
 
     def step(self, rows: Tensor | Sequence[int], actions: Tensor) -> Step:
         """Execute a chunk of actions in each of some running episodes, stopping where one ends.
@@ -127,8 +124,8 @@ class Envs:
             actions: ``[n, H, D]``; clipped to the limits of the action space.
 
         Raises:
-            UserError: actions of the wrong shape or not finite, or observations that are not finite; names the row, its
-                seed and the value.
+            UserError: actions of the wrong shape or not finite, or an environment in this process that fails or gives
+                numbers that are not finite; names the row, its seed and the value.
         """
         rows = np.asarray(rows, np.int64)
         if actions.ndim != 3 or len(actions) != len(rows) or actions.shape[-1] != self.action_dim:
@@ -138,13 +135,13 @@ class Envs:
             )
         if self._done[rows].any():
             raise RuntimeError(f"row {rows[self._done[rows]][0]} is over and has to be reset before it is stepped")
-        self._check(actions.flatten(1), rows, "got an action")
+        self._check(actions, rows)
         actions = torch.minimum(torch.maximum(actions.detach().cpu().float(), self.action_low), self.action_high)
         seen, chunk = self.backend.step(rows, actions.numpy())
         self._done[rows] = chunk.terminated | chunk.truncated | chunk.dropped
         plain = {f.name: torch.from_numpy(getattr(chunk, f.name)) for f in fields(chunk) if f.name != "info"}
         info = {name: torch.from_numpy(numbers) for name, numbers in chunk.info.items()}
-        return Step(observation=self._observation(seen, rows), info=info, **plain)
+        return Step(observation=self._observation(seen), info=info, **plain)
 
     def render(self, rows: Tensor | Sequence[int]) -> Tensor:
         """Pictures of some episodes to look at, uint8 ``[n, 3, h, w]``."""
@@ -154,40 +151,50 @@ class Envs:
         """End the environments and their workers."""
         self.backend.close()
 
-    def _observation(self, seen: Mapping[str, Any], rows: np.ndarray) -> Observation:
+    def _observation(self, seen: Mapping[str, Any]) -> Observation:
         tensors = {name: torch.from_numpy(seen[name]) for name in ("state", "image") if name in seen}
-        if "state" in tensors:
-            self._check(tensors["state"], rows, "gave a state")
         return Observation(**tensors, instruction=seen.get("instruction"))
 
-    def _check(self, numbers: Tensor, rows: np.ndarray, what: str) -> None:
-        """``numbers [n, ...]`` of ``rows`` have to be finite."""
-        bad = (~torch.isfinite(numbers)).nonzero()
+    def _check(self, actions: Tensor, rows: np.ndarray) -> None:
+        bad = (~torch.isfinite(actions)).nonzero()
         if len(bad):
-            place, entry = bad[0].tolist()
-            row = rows[place]
+            place, step, entry = bad[0].tolist()
             raise UserError(
-                f"env '{self.name}', row {row} (seed {self._seeds[row]}) {what} with {numbers[place, entry].item()} "
-                f"at entry {entry}; all its numbers should be finite"
+                f"env '{self.name}', row {rows[place]} (seed {self._seeds[rows[place]]}) got "
+                f"{actions[place, step, entry].item()} as number {entry} of action {step}; all should be finite"
             )
 
 
-def make_envs(spec: str, count: int, **options: Any) -> Envs:
+def make_envs(spec: str, count: int, *, processes: int | None = None, timeout: float = 60.0, **options: Any) -> Envs:
     """Build environments.
 
     Args:
-        spec: ``planar:push`` or ``planar:reach``.
+        spec: one of
+
+            * ``planar:push`` or ``planar:reach``, which come with mmrl (:mod:`pipelines.robot.planar`);
+            * a gymnasium id such as ``Hopper-v5`` or ``FetchPush-v4``, or ``gymnasium:`` before any id;
+            * ``metaworld:push-v3`` and the other tasks of Meta-World;
+            * ``module:function`` or ``file.py:function``, which returns a ``gymnasium.Env``.
         count: how many side by side.
-        options: of the environment.
+        processes: worker processes that share them, 0 for none; as many as there are cores by default. Planar ones
+            are stepped all at once in this process whatever this says.
+        timeout: seconds that a worker may take for a reset or a chunk of actions before it counts as hung.
+        options: of the planar task, or of :class:`pipelines.robot.singles.SingleEnvs`, which hands those that are not
+            its own to the environment.
 
     Raises:
-        UserError: no such environment, or an option that it does not have.
+        UserError: no such environment or option, a package that is missing, or an environment that does not fit.
     """
-    from pipelines.robot.planar import TASKS
-
     family, _, task = spec.partition(":")
-    if family != "planar" or task not in TASKS:
-        raise UserError(f"there is no env '{spec}'{nearest(spec, [f'planar:{name}' for name in TASKS])}")
-    model = options_model(TASKS[task], skip=("num_envs",))
-    checked = values(validate(model, options, where=f"env '{spec}'", path=""))
-    return Envs(InThisProcess(TASKS[task](count, **checked)), spec)
+    if family == "planar":
+        if task not in TASKS:
+            raise UserError(f"there is no env '{spec}'{nearest(spec, [f'planar:{name}' for name in TASKS])}")
+        return Envs(InThisProcess(TASKS[task](count, **_checked(TASKS[task], spec, options, "num_envs"))), spec)
+    checked = _checked(SingleEnvs, spec, options, "spec", "names")
+    if processes == 0:
+        return Envs(InThisProcess(SingleEnvs(spec, range(count), **checked)), spec)
+    return Envs(Processes(spec, count, processes or os.cpu_count() or 1, timeout, checked), spec)
+
+
+def _checked(kind: Callable, spec: str, options: Mapping[str, Any], *skip: str) -> dict[str, Any]:
+    return values(validate(options_model(kind, skip=skip), options, where=f"env '{spec}'", path=""))

@@ -12,6 +12,24 @@ import numpy as np
 from mmrl.errors import UserError
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What actions and observations of an environment are like.
+
+    Attributes:
+        action_low, action_high: D numbers each.
+        state_dim: S, or None without a state.
+        image_shape: ``(3, h, w)``, or None without pictures.
+        max_steps: actions after which an episode is truncated.
+    """
+
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    state_dim: int | None
+    image_shape: tuple[int, int, int] | None
+    max_steps: int
+
+
 class RowEnvs(Protocol):
     """Environments side by side, any subset of which can be restarted, stepped and looked at.
 
@@ -20,9 +38,7 @@ class RowEnvs(Protocol):
     """
 
     num_envs: int
-    max_steps: int
-    single_observation_space: gymnasium.spaces.Dict
-    single_action_space: gymnasium.spaces.Box
+    layout: Layout
 
     def restart(self, rows: np.ndarray, seeds: Sequence[int]) -> None:
         """Start an episode in each of ``rows``, from a seed each."""
@@ -103,8 +119,7 @@ class InThisProcess:
 
     def __init__(self, envs: RowEnvs):
         self.envs = envs
-        self.num_envs, self.max_steps = envs.num_envs, envs.max_steps
-        self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
+        self.num_envs, self.layout = envs.num_envs, envs.layout
         self.draw, self.close = envs.draw, envs.close
 
     def restart(self, rows: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
@@ -118,8 +133,8 @@ class InThisProcess:
         return self.envs.observe(rows), chunk
 
 
-def check_space(space: gymnasium.Space, env: str) -> None:
-    """Only boxes of finite size can be acted in.
+def check_actions(space: gymnasium.Space, env: str) -> None:
+    """Only lists of numbers can be acted in.
 
     Raises:
         UserError: names the environment and its action space.

@@ -14,6 +14,7 @@ from mmrl.errors import UserError
 from mmrl.world.scenes import COLOURS, SHAPES
 from pipelines.robot.planar import drawing
 from pipelines.robot.planar.chance import permutations, uniforms
+from pipelines.robot.stepping import Layout
 
 GRIPPER_RADIUS = 0.09
 GRIPPER_COLOUR = (0.13, 0.13, 0.16)
@@ -94,6 +95,13 @@ class PlanarEnv(VectorEnv):
         }
         if self.image is not None:
             spaces["image"] = gymnasium.spaces.Box(0, 255, (3, self.image, self.image), np.uint8)
+        self.layout = Layout(
+            action_low=(-1.0, -1.0),
+            action_high=(1.0, 1.0),
+            state_dim=spaces["state"].shape[0],
+            image_shape=spaces["image"].shape if "image" in spaces else None,
+            max_steps=self.max_steps,
+        )
         self.single_observation_space = gymnasium.spaces.Dict(spaces)
         self.single_action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
