@@ -154,7 +154,11 @@ def _overview(config: Config, policy: Policy, device: torch.device) -> dict[str,
     out = {"run": config.run_dir, "model": config.pipeline.options.get("model", config.pipeline.type)}
     for stage in config.stages:
         rewards = ", ".join(reward.shared["name"] for reward in stage.rewards) or "none"
-        out[stage.name] = f"{stage.algorithm.type}, {stage.trainer.steps} steps, rewards: {rewards}"
+        clip = stage.algorithm.options.get("clip_range")
+        bounds = "" if clip is None else f", clip range {clip:g}"
+        out[stage.name] = f"{stage.algorithm.type}, {stage.trainer.steps} steps, rewards: {rewards}{bounds}"
+    if hasattr(policy, "overview"):
+        out |= policy.overview()
     out["training"] = f"{policy.parameters.count:,} parameters on {device}"
     return out
 

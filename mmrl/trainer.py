@@ -130,6 +130,8 @@ class Trainer:
             parameters.take_snapshot(REFERENCE)
         if stage.options.ema is not None:
             parameters.take_snapshot(AVERAGE)
+        if hasattr(self.policy, "begin_stage"):
+            self.policy.begin_stage(stage.prompts.prompts)
 
     def _step(
         self, stage: Stage, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int
@@ -168,6 +170,8 @@ class Trainer:
         metrics = context.tally.result()
         if grad_norms:
             metrics["grad_norm"] = sum(grad_norms) / len(grad_norms)
+        if hasattr(self.policy, "report"):
+            metrics |= self.policy.report()
         times = {"time/rollout": 0.0, "time/reward": 0.0, "time/update": 0.0} | context.clock.take()
         return metrics | {"lr": lr, "updates": len(grad_norms)} | times | {"time/step": time.perf_counter() - began}
 
