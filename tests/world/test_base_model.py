@@ -11,7 +11,7 @@ import torch
 from mmrl.world import draw, place, score
 from mmrl.world.captions import TASKS, all_targets, caption, is_held_out, key_of, vocabulary
 from mmrl.world.prompts import read
-from pipelines.quickstart.image_base import T5_LENGTH, build_tokenizer, pretraining_prompts
+from pipelines.quickstart.image_base import MAX_TOKENS, T5_LENGTH, build_tokenizer, pretraining_prompts
 from pipelines.quickstart.making import build_t5_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,12 @@ def test_long_padding_does_little_harm(pipe):
 
 
 def test_words_are_single_tokens(pipe):
-    for tokenizer in (build_tokenizer(), build_t5_tokenizer(vocabulary(), T5_LENGTH), pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3):
+    for tokenizer in (
+        build_tokenizer(),
+        build_t5_tokenizer(vocabulary(), MAX_TOKENS),
+        pipe.tokenizer,
+        pipe.tokenizer_2,
+    ):
         assert all(len(tokenizer.tokenize(word)) == 1 for word in vocabulary())
         assert len(tokenizer.tokenize("zebra")) > 1
         assert tokenizer.unk_token not in tokenizer.tokenize("zebra")
@@ -105,4 +110,4 @@ def test_captions_fit_the_text_encoders():
     tokenizer = build_tokenizer()
     for task in TASKS:
         for target in all_targets(task)[::7]:
-            assert len(tokenizer(caption(target, rng)).input_ids) <= T5_LENGTH
+            assert len(tokenizer(caption(target, rng)).input_ids) <= MAX_TOKENS
