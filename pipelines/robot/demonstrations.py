@@ -17,7 +17,8 @@ from mmrl.types import Prompt
 from pipelines.robot.envs import Envs, make_envs
 from pipelines.robot.planar.chance import normals
 
-_BATCH = 256
+_SIDE_BY_SIDE = {"planar": 256}
+"""Episodes at a time; where they are not stepped together, more than one would only cost their making."""
 
 
 def starts(
@@ -42,16 +43,17 @@ def starts(
     """
     seeds = [_seed(split, seed, number) for number in range(count)]
     texts: list[str] = []
-    envs = make_envs(env, min(count, _BATCH), **dict(options or {}))
+    envs = _envs(env, count, options)
     try:
-        for first in range(0, count, _BATCH):
-            seen = envs.reset(seeds[first : first + _BATCH])
-            texts += seen.instruction or [env] * len(seen)
+        while len(texts) < count:
+            seen = envs.reset(seeds[len(texts) : len(texts) + envs.size])
+            told = seen.instruction or [env] * len(seen)
+            texts += told if envs.backend.layout.instructs else told[:1] * count
     finally:
         envs.close()
     return [
         Prompt(id=f"{split}-{number}", text=text, inputs={"seed": start}, metadata={"env": env})
-        for number, (text, start) in enumerate(zip(texts, seeds, strict=True))
+        for number, (text, start) in enumerate(zip(texts, seeds, strict=False))
     ]
 
 
@@ -88,11 +90,11 @@ def demonstrations(
     """
     if not 0 <= slowness <= 1 or noise < 0:
         raise UserError(f"slowness is {slowness} and noise {noise}, but should be 0 to 1, and not negative")
-    envs = make_envs(env, min(episodes, _BATCH), **{**(options or {}), "processes": 0})
+    envs = _envs(env, episodes, options)
     kept = 0
     try:
-        for first in range(0, episodes, _BATCH):
-            numbers = range(first, min(first + _BATCH, episodes))
+        for first in range(0, episodes, envs.size):
+            numbers = range(first, min(first + envs.size, episodes))
             seeds = [_seed("demonstrations", seed, number) for number in numbers]
             for number, turns, success in _run(envs, seeds, horizon, noise, slowness):
                 if success or keep == "all":
@@ -108,6 +110,12 @@ def demonstrations(
         envs.close()
     if not kept:
         raise UserError(f"none of {episodes} demonstrations of env '{env}' succeeded: less noise would help")
+
+
+def _envs(env: str, count: int, options: Mapping[str, Any] | None) -> Envs:
+    """In this process, where the expert can look at them."""
+    size = min(count, _SIDE_BY_SIDE.get(env.partition(":")[0], 1))
+    return make_envs(env, size, **{**(options or {}), "processes": 0})
 
 
 def _run(envs: Envs, seeds: list[int], horizon: int, noise: float, slowness: float) -> Iterator[tuple[int, list, bool]]:

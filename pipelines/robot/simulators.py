@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -108,7 +109,10 @@ class MetaWorld(gymnasium.Wrapper):
             reward_function_version=reward_function_version,
         )
         # The goal is part of the state, and both it and the objects are drawn from the environment's own generator.
+        # Meta-World's own variants with a visible goal set the same, but keep to one goal.
         env._partially_observable = False
+        del env.sawyer_observation_space
+        env.observation_space = env.sawyer_observation_space
         env._freeze_rand_vec = False
         env.seeded_rand_vec = True
         env._set_task_called = True
@@ -132,7 +136,8 @@ class MetaWorld(gymnasium.Wrapper):
 
     def expert(self) -> np.ndarray:
         """What Meta-World's scripted policy would do next."""
-        return np.clip(self._policy.get_action(self._seen), -1, 1).astype(np.float32)
+        with warnings.catch_warnings(action="ignore"):  # that the action is too long, as it is meant to be
+            return np.clip(self._policy.get_action(self._seen), -1, 1).astype(np.float32)
 
 
 class CheapPictures(gymnasium.Wrapper):

@@ -63,6 +63,7 @@ class SingleEnvs:
             state_dim=self._senses.state_dim,
             image_shape=self._senses.image_shape if image is None else (3, image, image),
             max_steps=limit,
+            instructs=self._senses.texts,
         )
         self._seen: list[Any] = [None] * self.num_envs
         self._steps = np.zeros(self.num_envs, np.int64)
@@ -158,6 +159,7 @@ class _Senses:
         numbers = [part for _, part in self._leaves if not _is_picture(part) and not _is_text(part)]
         if not all(part.is_np_flattenable for part in numbers):
             raise UserError(f"env '{spec}' observes {space}, but should observe numbers, a picture or text")
+        self.texts = any(_is_text(part) for _, part in self._leaves)
         self.state_dim = sum(map(gymnasium.spaces.flatdim, numbers)) or None
         self.image_shape = None
         if pictures:

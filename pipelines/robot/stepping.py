@@ -21,6 +21,7 @@ class Layout:
         state_dim: S, or None without a state.
         image_shape: ``(3, h, w)``, or None without pictures.
         max_steps: actions after which an episode is truncated.
+        instructs: whether each episode has an instruction of its own.
     """
 
     action_low: tuple[float, ...]
@@ -28,6 +29,7 @@ class Layout:
     state_dim: int | None
     image_shape: tuple[int, int, int] | None
     max_steps: int
+    instructs: bool
 
 
 class RowEnvs(Protocol):

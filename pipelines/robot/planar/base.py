@@ -101,6 +101,7 @@ class PlanarEnv(VectorEnv):
             state_dim=spaces["state"].shape[0],
             image_shape=spaces["image"].shape if "image" in spaces else None,
             max_steps=self.max_steps,
+            instructs=True,
         )
         self.single_observation_space = gymnasium.spaces.Dict(spaces)
         self.single_action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
