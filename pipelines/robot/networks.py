@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 NETWORKS: dict[str, str] = {
     "mlp": "pipelines.robot.networks:StateEncoder",
+    "scene": "pipelines.robot.vla:SceneEncoder",
+    "vlm": "pipelines.robot.vla_vlm:VLMEncoder",
 }
 """Encoders by name; each is built as ``Encoder(spaces, **options)``."""
 

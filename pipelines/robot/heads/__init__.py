@@ -7,4 +7,5 @@ HEADS: dict[str, str] = {
     "flow": "pipelines.robot.heads.denoising:FlowHead",
     "diffusion": "pipelines.robot.heads.denoising:DiffusionHead",
     "gaussian": "pipelines.robot.heads.gaussian:GaussianHead",
+    "tokens": "pipelines.robot.heads.tokens:TokenHead",
 }

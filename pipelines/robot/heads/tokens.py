@@ -25,9 +25,7 @@ class TokenHead(ActionHead):
         decoding: ``parallel`` gives all tokens in one network call, independent of each other (OpenVLA-OFT,
             arXiv 2502.19645); ``autoregressive`` each from those before it.
         temperature: divides the logits, in sampling and in scoring.
-        expert: sizes of the transformer that reads contexts without a network of their own for tokens.
-        network: ``network(context, tokens) -> [n, H * D, B]``; see :class:`pipelines.robot.vla.TokenExpert`. Not from a
-            config.
+        expert: sizes of the transformer over tokens, for encoders that do not bring one.
     """
 
     def __init__(
@@ -37,17 +35,20 @@ class TokenHead(ActionHead):
         decoding: Literal["parallel", "autoregressive"] = "parallel",
         temperature: Annotated[float, Field(gt=0)] = 1.0,
         expert: ExpertSize = ExpertSize(),  # noqa: B008 (frozen)
-        network: Any = None,
     ):
         super().__init__()
         self.shape, self.bins, self.temperature = shape, bins, temperature
         self.parallel = decoding == "parallel"
         self.decisions_per_turn = shape.horizon * shape.action_dim
-        self.steps = 1 if self.parallel else self.decisions_per_turn
+        # One more scores all tokens at once.
+        self.steps = 1 if self.parallel else 1 + self.decisions_per_turn
         self.verbs = frozenset({"entropy"})
+        brought = getattr(shape.encoder, "token_network", None)
+        network = None if brought is None else brought(self.decisions_per_turn, bins)
         if network is None:
             memory = Memory(shape.context_dim, 1, 0)
             network = _OnTensors(TokenExpert(Expert(memory, self.decisions_per_turn, expert), bins))
+        # ``network(context, tokens) -> [n, H * D, B]``, see :class:`pipelines.robot.vla.TokenExpert`.
         self.network = network
 
     def to_actions(self, tokens: Tensor) -> Tensor:
@@ -105,14 +106,15 @@ class TokenHead(ActionHead):
     def decisions(
         self, context: Any, record: Mapping[str, Tensor], executed: Tensor, columns: Sequence[int] | None = None
     ) -> Decisions:
-        """See :meth:`ActionHead.decisions`; with entropies."""
+        """See :meth:`ActionHead.decisions`."""
         tokens = record["tokens"]
         log_probs = self.log_probs(context, tokens, self.temperature)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-        found = Decisions(self.logp(_picked(log_probs, tokens), executed), entropy=self.logp(entropy, executed))
+        found = Decisions(self.logp(_picked(log_probs, tokens), executed))
+        if self.keep_entropy:
+            found.entropy = self.logp(-(log_probs.exp() * log_probs).sum(-1), executed)
         return found if columns is None else found.columns(columns)
 
-    def fit(self, context: Any, actions: Tensor, executed: Tensor, seeds: Sequence[int]) -> Tensor:
+    def fit(self, context: Any, actions: Tensor, executed: Tensor, normals: Tensor) -> Tensor:
         """Mean cross-entropy of the tokens at temperature 1; nothing is drawn."""
         tokens = self.to_tokens(actions)
         return chunk_error(-_picked(self.log_probs(context, tokens, 1.0), tokens).view_as(actions), executed)
