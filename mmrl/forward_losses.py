@@ -115,8 +115,8 @@ def centred_reward_loss(
     return sum(c.square() for c in centred) / len(centred) * clip / beta
 
 
-def reward_difference_loss(log_ratio: Tensor, clipped: Tensor, target: Tensor, group: Tensor) -> Tensor:
-    """PRDP (arXiv 2402.08714), a number: mean over pairs of a group of the squared error of reward differences.
+def reward_difference_errors(log_ratio: Tensor, clipped: Tensor, target: Tensor, group: Tensor) -> Tensor:
+    """PRDP (arXiv 2402.08714): squared errors ``[P]`` of reward differences, one for each pair within a group.
 
     The larger of the error with log-ratios as they are and with clipped ones counts.
 
@@ -126,10 +126,9 @@ def reward_difference_loss(log_ratio: Tensor, clipped: Tensor, target: Tensor, g
         target: ``[N]``, rewards over beta.
         group: long ``[N]``.
     """
-    same = (group[:, None] == group[None]).triu(1)
-    errors = [(x - target)[:, None] - (x - target)[None] for x in (log_ratio, clipped)]
-    pairs = torch.maximum(errors[0].square(), errors[1].square())
-    return pairs[same].sum() / same.sum().clamp(min=1)
+    one, other = (group[:, None] == group[None]).triu(1).nonzero(as_tuple=True)
+    errors = [(x - target)[one] - (x - target)[other] for x in (log_ratio, clipped)]
+    return torch.maximum(errors[0].square(), errors[1].square())
 
 
 def group_mean(values: Tensor, group: Tensor) -> Tensor:

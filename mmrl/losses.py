@@ -7,6 +7,7 @@ Everything is to be minimised.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -83,6 +84,21 @@ def regression_loss(log_ratio: Tensor, advantage: Tensor, mask: Tensor, scale: f
     """
     residual = scale * (_masked_mean(log_ratio, mask) - centre) - advantage
     return residual.square() / (2 * scale)
+
+
+def negative_aware_loss(ratio: Tensor, advantage: Tensor, floor: float = 1.0) -> Tensor:
+    """NFT on decisions (Negative-aware Fine-Tuning, arXiv 2505.18116).
+
+    With a prompt's success rate p, a right answer's loss is ``-w log r`` and a wrong one's ``-w log((1 - p r) / (1 -
+    p))``, the log-ratio of the implicit negative policy; ``w = sqrt((1 - p) / p)``. Normalised by its group, the
+    advantage of a right answer is w and that of a wrong one -1/w, which is all that the loss depends on: ``-A log r``
+    for ``A > 0`` and ``-log(1 - A^2 (r - 1)) / |A|`` for ``A < 0``. So it takes graded rewards as well. The argument of
+    the second logarithm is at least ``floor``, with the gradient as if it were not bounded. On-policy it is GRPO.
+    """
+    size = advantage.abs().clamp(min=1e-6)
+    inner = 1 - advantage.square() * (ratio.clamp(max=math.exp(10)) - 1)
+    inner = inner + (inner.clamp(min=floor) - inner).detach()
+    return torch.where(advantage > 0, -advantage * ratio.log(), torch.where(advantage < 0, -inner.log() / size, 0.0))
 
 
 def sequence_log_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:

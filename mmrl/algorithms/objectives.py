@@ -11,7 +11,7 @@ from mmrl import losses
 from mmrl.types import Decisions
 
 ObjectiveName = Literal[
-    "clip", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "reinforce", "regression", "guard", "dppo"
+    "clip", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "nft", "reinforce", "regression", "guard", "dppo"
 ]
 # A sample's decisions enter these together.
 WHOLE_SAMPLE = frozenset({"gspo", "gspo_token", "gmpo", "regression"})
@@ -97,6 +97,8 @@ class Objective:
             return losses.soft_clipped_loss(ratio, advantage, *self.temperatures), ratio
         if self.name == "gmpo":
             return losses.geometric_mean_loss(logp - old_logp, advantage, mask, low, high), ratio
+        if self.name == "nft":
+            return losses.negative_aware_loss(ratio, advantage), ratio
         if self.name == "reinforce":
             return losses.reinforce_loss(logp, advantage), ratio
         if self.name == "regression":
