@@ -121,7 +121,6 @@ class RobotPolicy:
         self.record = 0
         self.counters: Counter = Counter()
         self.seconds: Counter = Counter()
-        self.player = Player(self.envs, self.counters, self.seconds)
         self._replayed = False
 
     @staticmethod
@@ -179,7 +178,7 @@ class RobotPolicy:
         return {"decisions": self.head.overview()}
 
     def report(self) -> dict[str, float]:
-        """Seconds that environments and networks took since the last call, for the metrics of a step."""
+        """Seconds that environments and networks took in rollouts since the last call, for the metrics of a step."""
         found = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
         self.seconds.clear()
         return found
@@ -223,12 +222,17 @@ class RobotPolicy:
     @torch.no_grad()
     def _play(self, prompts: Sequence[Prompt], draws: Tensor, deterministic: bool) -> tuple[Samples, Played, Ends]:
         starts = [building.start_of(prompt) for prompt in prompts]
-        choose = self._chooser(draws, deterministic)
-        played, ends, episodes = self.player.play(starts, choose, self.record if deterministic else 0)
+        # Evaluations come between training steps, whose seconds are reported.
+        seconds = Counter() if deterministic else self.seconds
+        player = Player(self.envs, self.counters, seconds)
+        choose = self._chooser(draws, deterministic, seconds)
+        played, ends, episodes = player.play(starts, choose, self.record if deterministic else 0)
         lengths = torch.tensor([episode.steps for episode in episodes])
         return Samples(list(prompts), episodes=episodes, truncated=ends.truncated, lengths=lengths), played, ends
 
-    def _chooser(self, draws: Tensor, deterministic: bool) -> Callable[[Observation, Tensor, int], Chosen]:
+    def _chooser(
+        self, draws: Tensor, deterministic: bool, seconds: Counter
+    ) -> Callable[[Observation, Tensor, int], Chosen]:
         """What :meth:`Player.play` asks for chunks; ``draws`` ``[N, turns, m]`` are those of all episodes."""
 
         def choose(observation: Observation, rows: Tensor, turn: int) -> Chosen:
@@ -244,7 +248,7 @@ class RobotPolicy:
                 sampled.mean = None
             sampled = sampled.first(n)
             actions = self.scale.clipped(sampled.actions.float().cpu())
-            self.seconds["network"] += time.perf_counter() - began
+            seconds["network"] += time.perf_counter() - began
             return Chosen(observation, sampled, actions, self.scale.to_env(actions), value)
 
         return choose

@@ -166,7 +166,7 @@ class Ends:
 
 
 class Player:
-    """Plays episodes in environments, as many at a time as there are.
+    """Plays one set of episodes in environments, as many at a time as there are.
 
     Args:
         envs: where.
@@ -176,14 +176,11 @@ class Player:
 
     def __init__(self, envs: Envs, counters: Counter, seconds: Counter):
         self.envs, self.counters, self.seconds = envs, counters, seconds
-        self._begin(0)
-
-    def _begin(self, count: int) -> None:
         self._parts: list[Played] = []
         self._seen: list[Seen] = []
         self._frames: dict[int, list[Tensor]] = {}
         self._last: dict[int, tuple[Step, int]] = {}
-        self._success = torch.zeros(count, dtype=torch.bool)
+        self._success = torch.zeros(0, dtype=torch.bool)
 
     def play(
         self, starts: Sequence[int], choose: Callable[[Observation, Tensor, int], Chosen], record: int = 0
@@ -200,7 +197,7 @@ class Player:
         Raises:
             UserError: an episode was lost three times.
         """
-        self._begin(len(starts))
+        self._success = torch.zeros(len(starts), dtype=torch.bool)
         waiting = list(range(len(starts)))
         for _ in range(ATTEMPTS):
             lost: list[int] = []
