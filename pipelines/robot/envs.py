@@ -18,6 +18,7 @@ from pipelines.robot.planar import TASKS
 from pipelines.robot.processes import Processes
 from pipelines.robot.singles import SingleEnvs
 from pipelines.robot.stepping import Chunk, InThisProcess, Layout
+from pipelines.robot.vectors import WholeBatch
 
 
 @dataclass(eq=False)
@@ -174,13 +175,14 @@ def make_envs(spec: str, count: int, *, processes: int | None = None, timeout: f
             * ``planar:push`` or ``planar:reach``, which come with mmrl (:mod:`pipelines.robot.planar`);
             * a gymnasium id such as ``Hopper-v5`` or ``FetchPush-v4``, or ``gymnasium:`` before any id;
             * ``metaworld:push-v3`` and the other tasks of Meta-World;
-            * ``module:function`` or ``file.py:function``, which returns a ``gymnasium.Env``.
+            * ``module:function`` or ``file.py:function``, which returns a ``gymnasium.Env``;
+            * ``vector:`` and an id or function of that kind, for a ``gymnasium.vector.VectorEnv``.
         count: how many side by side.
-        processes: worker processes that share them, 0 for none; as many as there are cores by default. Planar ones
-            are stepped all at once in this process whatever this says.
+        processes: worker processes that share them, 0 for none; as many as there are cores by default. Vectorised
+            ones, planar and ``vector:``, are stepped all at once in this process whatever this says.
         timeout: seconds that a worker may take for a reset or a chunk of actions before it counts as hung.
-        options: of the planar task, or of :class:`pipelines.robot.singles.SingleEnvs`, which hands those that are not
-            its own to the environment.
+        options: of the planar task, or of :class:`pipelines.robot.singles.SingleEnvs` or
+            :class:`pipelines.robot.vectors.WholeBatch`, which hand those that are not their own to the environment.
 
     Raises:
         UserError: no such environment or option, a package that is missing, or an environment that does not fit.
@@ -190,6 +192,9 @@ def make_envs(spec: str, count: int, *, processes: int | None = None, timeout: f
         if task not in TASKS:
             raise UserError(f"there is no env '{spec}'{nearest(spec, [f'planar:{name}' for name in TASKS])}")
         return Envs(InThisProcess(TASKS[task](count, **_checked(TASKS[task], spec, options, "num_envs"))), spec)
+    if family == "vector":
+        checked = _checked(WholeBatch, spec, options, "name", "num_envs")
+        return Envs(InThisProcess(WholeBatch(task, count, **checked)), spec)
     checked = _checked(SingleEnvs, spec, options, "spec", "names")
     if processes == 0:
         return Envs(InThisProcess(SingleEnvs(spec, range(count), **checked)), spec)

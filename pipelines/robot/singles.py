@@ -10,14 +10,9 @@ import gymnasium
 import numpy as np
 
 from mmrl.errors import UserError
+from pipelines.robot.senses import SUCCESS, EnvFault, Senses
 from pipelines.robot.simulators import build_env
 from pipelines.robot.stepping import Layout, check_actions
-
-_SUCCESS = ("success", "is_success")
-
-
-class EnvFault(UserError):
-    """An environment raised, or gave numbers that are none."""
 
 
 class SingleEnvs:
@@ -56,7 +51,7 @@ class SingleEnvs:
         if limit is None:
             raise UserError(f"env '{spec}' has no time limit: give 'max_steps', after which an episode is truncated")
         check_actions(first.action_space, spec)
-        self._senses = _Senses(first.observation_space, spec)
+        self._senses = Senses(first.observation_space, spec)
         self.layout = Layout(
             action_low=tuple(first.action_space.low.tolist()),
             action_high=tuple(first.action_space.high.tolist()),
@@ -89,12 +84,12 @@ class SingleEnvs:
             self._steps[row] += 1
             if not np.isfinite(reward):
                 raise EnvFault(f"{self._name(row)} gave a reward of {reward}, which should be a finite number")
-            success[place] = any(bool(info.get(name, False)) for name in _SUCCESS)
+            success[place] = any(bool(info.get(name, False)) for name in SUCCESS)
             terminated[place] = ended or (self.end_on_success and success[place])
             truncated[place] = not terminated[place] and (cut or self._steps[row] >= self.layout.max_steps)
             rewards[place] = reward
             for name, value in info.items():
-                if name not in _SUCCESS and np.isscalar(value) and not isinstance(value, str):
+                if name not in SUCCESS and np.isscalar(value) and not isinstance(value, str):
                     numbers.setdefault(name, np.full(len(rows), np.nan, np.float32))[place] = value
         return rewards, terminated, truncated, {"success": success, **numbers}
 
@@ -146,72 +141,6 @@ class SingleEnvs:
             yield
         except Exception as error:
             raise EnvFault(f"{self._name(row)} failed in {what}: {_sentence(error)}") from error
-
-
-class _Senses:
-    """How observations of one space are read."""
-
-    def __init__(self, space: gymnasium.Space, spec: str):
-        self._leaves = list(_leaves(space))
-        pictures = [part for _, part in self._leaves if _is_picture(part)]
-        if len(pictures) > 1:
-            raise UserError(f"env '{spec}' observes {len(pictures)} pictures, but there should be one; wrap it")
-        numbers = [part for _, part in self._leaves if not _is_picture(part) and not _is_text(part)]
-        if not all(part.is_np_flattenable for part in numbers):
-            raise UserError(f"env '{spec}' observes {space}, but should observe numbers, a picture or text")
-        self.texts = any(_is_text(part) for _, part in self._leaves)
-        self.state_dim = sum(map(gymnasium.spaces.flatdim, numbers)) or None
-        self.image_shape = None
-        if pictures:
-            height, width = pictures[0].shape[:2] if pictures[0].shape[-1] == 3 else pictures[0].shape[1:]
-            self.image_shape = (3, height, width)
-
-    def read(self, seen: Any, name: str) -> dict[str, Any]:
-        """``state``, ``image`` and ``text``, those that there are."""
-        out: dict[str, Any] = {}
-        numbers = []
-        for path, space in self._leaves:
-            value = seen
-            for key in path:
-                value = value[key]
-            if _is_text(space):
-                out["text"] = value
-                continue
-            if np.shape(value) != (space.shape or ()):
-                raise EnvFault(f"{name} observed shape {np.shape(value)}, but should observe {space.shape}")
-            if _is_picture(space):
-                picture = value if value.shape[-1] != 3 else value.transpose(2, 0, 1)
-                out["image"] = np.ascontiguousarray(picture, dtype=np.uint8)
-            else:
-                numbers.append(gymnasium.spaces.flatten(space, value).astype(np.float32))
-        if numbers:
-            out["state"] = np.concatenate(numbers)
-            bad = np.flatnonzero(~np.isfinite(out["state"]))
-            if len(bad):
-                raise EnvFault(
-                    f"{name} observed {out['state'][bad[0]]} at entry {bad[0]} of its state; all should be finite"
-                )
-        return out
-
-
-def _leaves(space: gymnasium.Space, path: tuple = ()) -> Iterator[tuple[tuple, gymnasium.Space]]:
-    """The parts of a nested space, in its order."""
-    if isinstance(space, gymnasium.spaces.Dict):
-        for key, part in space.items():
-            yield from _leaves(part, (*path, key))
-    elif isinstance(space, gymnasium.spaces.Tuple):
-        for key, part in enumerate(space):
-            yield from _leaves(part, (*path, key))
-    else:
-        yield path, space
-
-
-def _is_picture(space: gymnasium.Space) -> bool:
-    return space.dtype == np.uint8 and len(space.shape or ()) == 3 and 3 in (space.shape[0], space.shape[-1])
-
-
-def _is_text(space: gymnasium.Space) -> bool:
-    return isinstance(space, gymnasium.spaces.Text)
 
 
 def _resized(picture: np.ndarray, side: int) -> np.ndarray:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from mmrl.errors import UserError
-from pipelines.robot.singles import EnvFault, SingleEnvs
+from pipelines.robot.senses import EnvFault
+from pipelines.robot.singles import SingleEnvs
 from pipelines.robot.stepping import run_chunk
 from pipelines.robot.wire import receive, send
 
