@@ -46,8 +46,9 @@ def step_cost(config: Config, stage: StageConfig) -> dict[str, Any]:
         cost["reference forwards"] = cost["update forwards"] * references
     if {"generate", "rollout"} <= algorithm.verbs:
         cost["baseline forwards"] = stage.data.batch_size * each["generate"]
-    elif "generate" in algorithm.verbs:
-        cost["sampling forwards"] = samples * each["generate"]
-        cost["of these with gradient"] = samples * min(getattr(algorithm, "grad_steps", 0), each["generate"])
+    elif "chain" in algorithm.verbs:
+        calls, with_gradient = algorithm.network_calls(each["generate"])
+        cost["sampling forwards"] = samples * calls
+        cost["of these with gradient"] = samples * with_gradient
     cost["optimiser steps"] = passes * getattr(algorithm, "minibatches", 1)
     return {key: value for key, value in cost.items() if value}

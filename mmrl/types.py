@@ -53,6 +53,12 @@ def _take(value: Any, index: Tensor) -> Any:
     return value[index]
 
 
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    return value.detached() if isinstance(value, Rows) else value
+
+
 def _join(values: Sequence[Any]) -> Any:
     first = values[0]
     if first is None:
@@ -86,6 +92,10 @@ class Rows:
         index = torch.as_tensor(index if isinstance(index, Tensor) else list(index), dtype=None)
         index = index.nonzero().flatten() if index.dtype == torch.bool else index.long().cpu()
         return replace(self, **{f.name: _take(getattr(self, f.name), index.cpu()) for f in fields(self)})
+
+    def detached(self):
+        """The same rows without gradient."""
+        return replace(self, **{f.name: _detached(getattr(self, f.name)) for f in fields(self)})
 
     @classmethod
     def cat(cls, parts: Sequence):
@@ -228,6 +238,22 @@ class Decisions:
         """Some of the decisions, in the order given."""
         present = {f.name: getattr(self, f.name) for f in fields(self)}
         return Decisions(**{name: None if x is None else x[:, list(columns)] for name, x in present.items()})
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A stretch of a deterministic sampler; place p is before step p, place 0 is noise, the last one the output.
+
+    Attributes:
+        begin, end: places; one step at least lies between them.
+        grad_steps: how many of its last steps carry gradient.
+        jump: from the last step go straight to its estimate of the clean output.
+    """
+
+    begin: int
+    end: int
+    grad_steps: int
+    jump: bool = False
 
 
 @dataclass(eq=False)

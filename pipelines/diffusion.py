@@ -13,12 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrl.errors import UserError
-from mmrl.seeding import derive_seed, prompt_keys
-from mmrl.types import Decisions, Denoising, Prompt, Rollout, Rows, Samples
+from mmrl.seeding import derive_seed, generator, prompt_keys
+from mmrl.types import Chain, Decisions, Denoising, Prompt, Rollout, Rows, Samples
 from pipelines import adapters, latents, loading
 from pipelines.adapters import LoRA
 from pipelines.noising import FitTime, noised_again
-from pipelines.scheduler_seam import JumpToX0, Kernel, Replay, Sample, Velocity
+from pipelines.scheduler_seam import Inspect, JumpToX0, Kernel, Replay, Sample, Velocity
 from pipelines.seam import Call, Seam
 from pipelines.step_kernel import LogProbKind, StepKind
 from pipelines.windows import window_steps
@@ -76,7 +76,7 @@ class DiffusionPolicy:
         UserError: an option does not fit the pipeline.
     """
 
-    verbs = frozenset({"rollout", "decisions", "fit", "denoise", "generate", "means"})
+    verbs = frozenset({"rollout", "decisions", "fit", "denoise", "generate", "chain", "means"})
 
     def __init__(
         self,
@@ -275,22 +275,48 @@ class DiffusionPolicy:
         shapes = [self.seam.inspect(prompt, self.fitting).latent_shape for prompt in samples.prompts]
         return latents.encode(self.pipe, samples, shapes, self.batch_size)
 
-    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], grad_steps: int = 0) -> Samples:
-        """One picture per prompt without step noise; row k starts from the noise of ``seeds[k]``.
-
-        With ``grad_steps=K`` the sampler is that of training (``num_steps``, ``call``) and gradient flows through its
-        last K steps and the decoder (DRaFT-K, arXiv:2309.17400); otherwise it is that of evaluation.
-        """
-        call = self.train if grad_steps else self.eval
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Samples:
+        """One picture per prompt by the sampler of evaluation; row k starts from the noise of ``seeds[k]``."""
         pictures, order = [], []
-        for rows in self._batches(prompts, call):
-            plan = Sample(self.kernel, grad_steps=grad_steps)
+        for rows in self._batches(prompts, self.eval):
             starts = [derive_seed(seeds[i], "start") for i in rows]
-            from_the_start = grad_steps >= call.num_steps
-            pictures.append(self.seam.run([prompts[i] for i in rows], call, plan, starts, None, from_the_start, True))
+            pictures.append(
+                self.seam.run([prompts[i] for i in rows], self.eval, Sample(self.kernel), starts, decode=True)
+            )
             order += rows
         back = torch.tensor(order).argsort()
         return _samples(list(prompts), torch.cat(pictures).float()[back.to(self.device)], torch.arange(len(prompts)))
+
+    def chain(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        chain: Chain,
+        source: Samples | Rollout | Tensor | None = None,
+    ) -> Rollout:
+        """Pictures at the end of a stretch of the training sampler (``num_steps``, ``call``), without step noise.
+
+        Gradient flows through the stretch's last steps, the decoder and a ``source`` that are states. See
+        :class:`mmrl.policy.ChainPolicy`.
+        """
+        starts = [derive_seed(seed, "start") for seed in seeds]
+        if source is not None and not isinstance(source, Tensor):
+            grid = self.seam.inspect(prompts[0], self.train).grid
+            clean = self._clean(source)
+            noise = torch.stack([torch.randn(clean.shape[1:], generator=generator(seed, "noised")) for seed in seeds])
+            source = grid.noised_to(chain.begin, clean, noise.to(clean.device))
+        return self._sample(prompts, torch.arange(len(prompts)), starts, starts, (), chain.begin, source, chain)
+
+    def start(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
+        """Noise ``[N, ...]`` from which :meth:`chain` and :meth:`generate` start for the same seeds, float32."""
+        found, order = [], []
+        for rows in self._batches(prompts, self.train):
+            seen: dict[str, Any] = {"texts": []}
+            starts = [derive_seed(seeds[i], "start") for i in rows]
+            self.seam.run([prompts[i] for i in rows], self.train, Inspect(), starts, seen=seen)
+            found.append(seen["latents"].float())
+            order += rows
+        return torch.cat(found)[torch.tensor(order).argsort().to(self.device)]
 
     def jump_to_x0(self, rollout: Rollout, step: int) -> Samples:
         """Decoded estimates of the clean pictures at the recorded state before ``step``, with gradient if enabled."""
@@ -363,9 +389,13 @@ class DiffusionPolicy:
         stochastic: Sequence[int],
         start: int,
         x: Tensor | None,
+        chain: Chain | None = None,
     ) -> Rollout:
-        """Sample rows from step ``start`` (at ``x``, or at x_T) to the picture."""
+        """Sample rows from step ``start`` (at ``x``, or at x_T) to the picture, or to the end of a ``chain``."""
         kept = {position for s in stochastic for position in (s, s + 1)}
+        everything = self.keep_states == "all" and chain is None
+        chain = chain or Chain(start, self.num_steps, 0)
+        grad = chain.grad_steps >= chain.end - chain.begin
         parts, order = [], []
         for rows in self._batches(prompts, self.train):
             plan = Sample(
@@ -373,11 +403,14 @@ class DiffusionPolicy:
                 stochastic,
                 [torch.Generator("cpu").manual_seed(noises[i]) for i in rows],
                 start,
-                record=None if self.keep_states == "all" else frozenset(kept),
+                chain.end if chain.end < self.num_steps else None,
+                grad_steps=chain.grad_steps,
+                jump=chain.jump,
+                record=None if everything else frozenset(kept),
                 keep_mean=self.keep_mean,
             )
             chosen, seeds = [prompts[i] for i in rows], [starts[i] for i in rows]
-            pictures = self.seam.run(chosen, self.train, plan, seeds, None if x is None else x[rows], decode=True)
+            pictures = self.seam.run(chosen, self.train, plan, seeds, None if x is None else x[rows], grad, decode=True)
             count, positions = len(rows), sorted(plan.states)
             logp = torch.stack(plan.logp, 1) if plan.logp else torch.zeros(count, 0, device=self.device)
             trace = Trace(

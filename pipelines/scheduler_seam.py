@@ -88,6 +88,10 @@ class FlowGrid:
         """Noise levels sigma at which the sampler calls the network."""
         return torch.tensor(self.sigmas[:-1])
 
+    def noised_to(self, place: int, x0: Tensor, noise: Tensor) -> Tensor:
+        """The noisy sample before step ``place``."""
+        return (1 - self.sigmas[place]) * x0 + self.sigmas[place] * noise
+
     def noised(self, x0: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """The noisy sample at sigma ``time`` [N], and the velocity that the network should predict there."""
         s = time.view(-1, *[1] * (x0.ndim - 1))
@@ -138,6 +142,10 @@ class DiffusionGrid:
     def step_times(self) -> Tensor:
         """``time`` of the timesteps at which the sampler calls the network."""
         return (self.timesteps.cpu().float() + 1) / self.train_steps
+
+    def noised_to(self, place: int, x0: Tensor, noise: Tensor) -> Tensor:
+        """The noisy sample before step ``place``."""
+        return math.sqrt(self.alphas[place]) * x0 + math.sqrt(1 - self.alphas[place]) * noise
 
     def noised(self, x0: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """The noisy sample at ``time`` [N], and what the network should predict there."""
@@ -197,6 +205,7 @@ class Sample(Plan):
         record: positions (0 is x_T, n is the result) whose states to keep; the position after the last step is always
             kept, ``None`` keeps all.
         grad_steps: how many of the last steps to differentiate through.
+        jump: the last step goes straight to its estimate of the clean sample.
     """
 
     kernel: Kernel
@@ -206,6 +215,7 @@ class Sample(Plan):
     stop: int | None = None
     record: frozenset[int] | None = frozenset()
     grad_steps: int = 0
+    jump: bool = False
     keep_mean: bool = False
     logp: list[Tensor] = field(default_factory=list)
     mean: list[Tensor] = field(default_factory=list)
@@ -220,8 +230,9 @@ class Sample(Plan):
     def take(self, index: int, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
         stochastic = index in self.stochastic
         c = self.grid.coefficients(index, self.kernel, stochastic)
-        mean = step_mean(*self.grid.endpoints(index, x, output), c)
-        x_next = mean
+        endpoints = self.grid.endpoints(index, x, output)
+        mean = step_mean(*endpoints, c)
+        x_next = endpoints[0] if self.jump and index + 1 == self._end else mean
         if stochastic:
             z = torch.stack([torch.randn(x.shape[1:], generator=g) for g in self.noise]).to(x.device)
             # Rounded first: the log-prob is that of the state the pipeline really continues from.

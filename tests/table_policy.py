@@ -156,7 +156,7 @@ class TablePolicy:
             samples = self.given(samples.prompts, texts)
         return -self.decisions(samples).logp.sum(1)
 
-    def generate(self, prompts, seeds, grad_steps=0):
+    def generate(self, prompts, seeds):
         best = self.logits.detach()[self._places(prompts)].argmax(-1).tolist()
         tokens = [row[: row.index(END) + 1] if END in row else row for row in best]
         return self._rollout(prompts, torch.arange(len(prompts)), tokens).samples

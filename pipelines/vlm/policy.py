@@ -309,10 +309,8 @@ class VLMPolicy:
         return total / mask.sum(1).clamp(min=1).to(total.device) if self.fit_reduction == "mean" else total
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], grad_steps: int = 0) -> Samples:
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Samples:
         """One completion per prompt: the likeliest tokens, or with ``eval_temperature`` draws of ``seeds[k]`` alone."""
-        if grad_steps:
-            raise UserError("a language model's samples carry no gradient: grad_steps needs a diffusion pipeline")
         draws = [generator(seed, "sample") for seed in seeds]
         sampling = replace(self.sampling, temperature=self.eval_temperature)
         return self._sample(prompts, 1, draws, sampling).samples

@@ -10,6 +10,7 @@ from zoo import ZOO
 
 from mmrl import Prompt, UserError
 from mmrl.policy import Policy
+from mmrl.types import Chain
 from pipelines import DiffusionPolicy, LoRA
 
 PROMPTS = [Prompt("a red circle left of a blue square"), Prompt("two green triangles")]
@@ -236,10 +237,10 @@ def test_gradient_through_the_last_steps_agrees_with_finite_differences(name, gr
             move(shift)
         forwards += 1
 
-    def score(**options) -> torch.Tensor:
+    def score(grad_steps: int = 0) -> torch.Tensor:
         nonlocal forwards
         forwards = 0
-        images = policy.generate(PROMPTS, [3, 4], **options).images
+        images = policy.chain(PROMPTS, [3, 4], Chain(0, steps, grad_steps)).samples.images
         value = (images.double() * weights).sum()
         move(-shift)
         return value
@@ -259,7 +260,7 @@ def test_gradient_of_fewer_steps_leaves_the_picture_alone():
     policy = make()
     plain = policy.generate(PROMPTS, [1, 2]).images
     for k in (1, 2, 4):
-        pictures = policy.generate(PROMPTS, [1, 2], grad_steps=k).images
+        pictures = policy.chain(PROMPTS, [1, 2], Chain(0, 4, k)).samples.images
         assert torch.equal(pictures.detach(), plain)
         assert pictures.requires_grad
     assert not plain.requires_grad

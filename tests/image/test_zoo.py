@@ -14,6 +14,7 @@ from zoo import EXTRA, ZOO, Entry
 from mmrl import Prompt, Rollout, Samples
 from mmrl.errors import UserError
 from mmrl.seeding import derive_seed, generator
+from mmrl.types import Chain
 from pipelines import DiffusionPolicy, LoRA, latents
 from pipelines.scheduler_seam import Plan
 
@@ -226,7 +227,7 @@ def test_jump_to_x0(case: Case) -> None:
 
 def test_backprop_through_the_last_step(case: Case) -> None:
     prompts = case.rollout.samples.prompts[::2]
-    samples = case.policy.generate(prompts, seeds=[1, 2][: len(prompts)], grad_steps=1)
+    samples = case.policy.chain(prompts, [1, 2][: len(prompts)], Chain(0, STEPS, 1)).samples
     assert_useful(gradient_norm(case, media(samples).std()))
 
 

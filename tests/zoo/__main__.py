@@ -15,6 +15,7 @@ import transformers
 
 from mmrl import Prompt, Rollout
 from mmrl.errors import UserError
+from mmrl.types import Chain
 from pipelines import DiffusionPolicy, LoRA
 from zoo import EXTRA, ZOO, Entry
 
@@ -75,7 +76,7 @@ def measure(name: str, build: Callable[[], Entry]) -> list[str]:
         return [*row, f"no: {error}"]
 
     def backprop() -> torch.Tensor:
-        samples = policy.generate(prompts, seeds=list(range(len(prompts))), grad_steps=1)
+        samples = policy.chain(prompts, list(range(len(prompts))), Chain(0, policy.num_steps, 1)).samples
         return (samples.images if samples.images is not None else samples.videos).std()
 
     def jump() -> torch.Tensor:
