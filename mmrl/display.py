@@ -238,7 +238,7 @@ def _change(value: float) -> str:
 
 
 def _evaluation_rows(values: Mapping[str, Any]) -> dict[str, float]:
-    """Readable name to value of ``eval/...`` entries: totals first, no ``/mean``, no spreads or ends, no full shares."""
+    """Readable name to value of ``eval/...`` entries: totals first, no ``/mean``, spreads, ends or full shares."""
     rows = {}
     for key, value in values.items():
         number = _number(value)

@@ -15,7 +15,7 @@ import torch
 from mmrl import distributed
 from mmrl.algorithms.collecting import row_chunks
 from mmrl.dialogue import readable
-from mmrl.media import save_contact_sheet, save_images, save_videos
+from mmrl.media import contact_sheet, save_images, save_videos
 from mmrl.policy import Policy
 from mmrl.scoring import Scorer, spread
 from mmrl.seeding import derive_seed
@@ -148,21 +148,31 @@ def _save_outputs(samples: Samples, folder: Path, names: list[str]) -> list[dict
     if samples.videos is not None:
         return [{"file": path.name} for path in save_videos(samples.videos, folder, names)]
     if samples.episodes is not None:
-        shown = [(row, one.frames) for row, one in enumerate(samples.episodes) if one.frames is not None]
-        files = {row: save_videos(frames[None] / 255, folder, [names[row]])[0].name for row, frames in shown}
-        return [{"file": files[row]} if row in files else {} for row in range(len(names))]
+        films = {
+            name: one.frames / 255 for name, one in zip(names, samples.episodes, strict=True) if one.frames is not None
+        }
+        paths = dict(zip(films, save_videos(list(films.values()), folder, list(films)), strict=True))
+        return [{"file": paths[name].name} if name in paths else {} for name in names]
     if samples.texts is None:
         return [{} for _ in names]
     saved: dict[int, str] = {}
     out = []
     texts = samples.texts if samples.transcripts is None else [readable(one) for one in samples.transcripts]
     for name, text, prompt in zip(names, texts, samples.prompts, strict=True):
-        pictures = list(prompt.images) or list(prompt.videos)[:1]
-        if pictures and id(prompt) not in saved:
-            saved[id(prompt)] = f"{name}-asked.png"
-            save_contact_sheet(pictures, folder / saved[id(prompt)])
-        out.append({"text": text, "picture": saved.get(id(prompt), "")})
+        if id(prompt) not in saved:
+            saved[id(prompt)] = _save_asked(prompt, folder, f"{name}-asked.png")
+        out.append({"text": text, "picture": saved[id(prompt)]})
     return out
+
+
+def _save_asked(prompt: Prompt, folder: Path, name: str) -> str:
+    """The name of a file with the pictures, or else the first clip, of a prompt; "" if there is nothing to see."""
+    sheet = contact_sheet(prompt.images, () if prompt.images else prompt.videos[:1])
+    if sheet is None:
+        return ""
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet.save(folder / name, format="PNG")
+    return name
 
 
 def _write_records(folder: Path, records: list[dict[str, Any]]) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mmrl.errors import UserError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+PICTURE_KEYS = ("image", "path", "url")
+CLIP_KEYS = ("video", "path", "url")
 
 
 def to_pil(image: Tensor, scale: int = 1) -> Image:
@@ -38,33 +44,87 @@ def enlarge(picture: Image, scale: int) -> Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def open_picture(source: str | Path | Image | Tensor) -> Image:
-    """A picture from a path, a picture or a tensor ``[3, H, W]`` in [0, 1], as RGB.
+def open_picture(source: Any) -> Image:
+    """A picture as RGB, upright as its file says.
+
+    Args:
+        source: a path (also ``file://...``), a picture, a tensor ``[3, H, W]`` or ``[1, H, W]`` in [0, 1], an array
+            ``[H, W, 3]`` (uint8, or real in [0, 1]), or a mapping as in data sets and chats: ``{"bytes": ...}``,
+            ``{"image": ...}``, ``{"path": ...}`` or ``{"url": ...}``.
 
     Raises:
-        OSError: the file is missing or not a picture that can be read (``PIL.UnidentifiedImageError`` is one).
+        UserError: it is missing, broken or no picture.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if isinstance(source, Tensor):
-        return to_pil(source)
-    if isinstance(source, (str, Path)):
-        with Image.open(source) as picture:
-            return picture.convert("RGB")
-    return source.convert("RGB")
+    value = source
+    if isinstance(value, Mapping):
+        value = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else _named(value, PICTURE_KEYS)
+    if isinstance(value, Tensor):
+        return to_pil(value)
+    try:
+        if hasattr(value, "__array__") and not isinstance(value, Image.Image):
+            return Image.fromarray(_bytes(np.asarray(value))).convert("RGB")
+        if isinstance(value, Image.Image):
+            return _rgb(value)
+        if isinstance(value, (str, Path)):
+            value = _file(value)
+            if not value.is_file():
+                raise UserError(f"there is no picture '{source}'")
+        with Image.open(value) as picture:
+            # This is a copy already, unlike the picture of a file that is closed.
+            upright = ImageOps.exif_transpose(picture)
+            return upright if upright.mode == "RGB" else upright.convert("RGB")
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"'{_short(source)}' is not a picture") from error
+    except (OSError, SyntaxError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
+        # What the format readers raise for a file that begins like a picture and goes on otherwise.
+        raise UserError(f"'{_short(source)}' is a broken picture: {error}") from error
 
 
-def save_contact_sheet(sources: Sequence, path: Path, frames: int = 4) -> None:
-    """Write pictures side by side as one PNG; of a clip (a sequence of frames) a few frames spread over its length."""
-    pictures: list[Image] = []
-    for source in sources:
-        if isinstance(source, (list, tuple)) or (isinstance(source, Tensor) and source.ndim == 4):
-            shown = range(0, len(source), max(1, len(source) // frames))
-            pictures += [open_picture(source[k]) for k in shown]
+def open_clip(source: Any) -> list[Image] | str:
+    """A clip as a list of RGB frames; the path of a file that only a model's own processor can decode.
+
+    Args:
+        source: a sequence of pictures, a tensor ``[F, 3, H, W]``, a folder of pictures, an animated picture or other
+            file, or a mapping that names one of them: ``{"video": ...}``, ``{"path": ...}`` or ``{"url": ...}``.
+
+    Raises:
+        UserError: it is missing, broken or empty.
+    """
+    from PIL import Image, ImageSequence, UnidentifiedImageError
+
+    value = _named(source, CLIP_KEYS) if isinstance(source, Mapping) else source
+    if isinstance(value, (str, Path)):
+        path = _file(value)
+        if path.is_dir():
+            frames = [open_picture(file) for file in sorted(path.iterdir()) if file.is_file()]
+        elif not path.is_file():
+            raise UserError(f"there is no clip '{value}'")
         else:
-            pictures.append(open_picture(source))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (pictures[0] if len(pictures) == 1 else grid(pictures, len(pictures))).save(path, format="PNG")
+            try:
+                with Image.open(path) as animation:
+                    frames = [_rgb(frame) for frame in ImageSequence.Iterator(animation)]
+            except UnidentifiedImageError:
+                return str(path)
+            except (OSError, SyntaxError, ValueError) as error:
+                raise UserError(f"'{value}' is a broken clip: {error}") from error
+    else:
+        frames = [open_picture(frame) for frame in value]
+    if not frames:
+        raise UserError("a clip has no frames")
+    return frames
+
+
+def contact_sheet(pictures: Sequence[Any], clips: Sequence[Any] = (), frames: int = 4) -> Image | None:
+    """Pictures side by side, of each clip a few frames; None if there are only clips that cannot be decoded here."""
+    shown = [open_picture(picture) for picture in pictures]
+    for clip in clips:
+        opened = open_clip(clip)
+        shown += [] if isinstance(opened, str) else _spread(opened, frames)
+    return grid(shown, len(shown)) if len(shown) > 1 else next(iter(shown), None)
 
 
 def save_images(images: Tensor, folder: str | Path, names: Sequence[str], scale: int = 1) -> list[Path]:
@@ -82,9 +142,13 @@ def save_images(images: Tensor, folder: str | Path, names: Sequence[str], scale:
 
 
 def save_videos(
-    videos: Tensor, folder: str | Path, names: Sequence[str], frames_per_second: float = 8.0, scale: int = 1
+    videos: Tensor | Sequence[Tensor],
+    folder: str | Path,
+    names: Sequence[str],
+    frames_per_second: float = 8.0,
+    scale: int = 1,
 ) -> list[Path]:
-    """Write ``videos [N, F, 3, H, W]`` in [0, 1] as endlessly looping ``folder/<name>.gif``.
+    """Write N ``videos [F, 3, H, W]`` in [0, 1] as endlessly looping ``folder/<name>.gif``.
 
     Raises:
         ValueError: the number of names differs from the number of videos.
@@ -93,10 +157,7 @@ def save_videos(
         raise ValueError(f"{len(videos)} videos but {len(names)} names")
     paths = [_path(folder, name, ".gif") for name in names]
     for video, path in zip(videos, paths, strict=True):
-        first, *rest = [to_pil(frame, scale) for frame in video]
-        # GIF counts time in hundredths of a second.
-        duration = max(1, round(100 / frames_per_second)) * 10
-        first.save(path, format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
+        _write_gif([to_pil(frame, scale) for frame in video], 1 / frames_per_second, path)
     return paths
 
 
@@ -140,7 +201,74 @@ def data_uri(picture: Image, max_side: int | None = None, max_bytes: int | None 
         buffer = io.BytesIO()
         picture.save(buffer, format="JPEG", quality=82, optimize=True)
         kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return _uri(kind, buffer.getvalue())
+
+
+def film_uri(path: Path, max_bytes: int) -> str:
+    """The animated picture as a data URI that moves; one of more bytes in fewer and smaller frames, or else a strip.
+
+    Raises:
+        OSError: the file is missing or not a picture that can be read.
+    """
+    from PIL import Image
+
+    with Image.open(path) as film:
+        kind, seconds = film.format.lower(), film.n_frames * film.info.get("duration", 100) / 1000
+    if path.stat().st_size <= max_bytes:
+        return _uri(kind, path.read_bytes())
+    frames = open_clip(path)
+    for most, side in ((48, 192), (24, 128), (16, 96)):
+        kept = _spread(frames, most)
+        for frame in kept:
+            frame.thumbnail((side, side))
+        buffer = io.BytesIO()
+        _write_gif(kept, seconds / len(kept), buffer)
+        if buffer.tell() <= max_bytes:
+            return _uri("gif", buffer.getvalue())
+    return data_uri(grid(_spread(frames, 4), 4), max_bytes=max_bytes)
+
+
+def _write_gif(frames: Sequence[Image], seconds: float, place: Path | io.BytesIO) -> None:
+    """Endlessly looping, each frame shown for so many seconds."""
+    # GIF counts time in hundredths of a second.
+    duration = max(1, round(100 * seconds)) * 10
+    frames[0].save(place, format="GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
+
+
+def _spread(frames: Sequence[Image], most: int) -> list[Image]:
+    """At most so many of them, the first and the last among them."""
+    count = min(most, len(frames))
+    return [frames[k * (len(frames) - 1) // max(count - 1, 1)] for k in range(count)]
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _named(value: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """What a part of a chat or a cell of a data set points to."""
+    found = next((value[key] for key in keys if value.get(key) is not None), None)
+    if found is None:
+        raise UserError(
+            f"a mapping with {', '.join(map(repr, value))} names no media: it needs one of {', '.join(keys)}"
+        )
+    return found
+
+
+def _file(value: str | Path) -> Path:
+    return Path(str(value).removeprefix("file://")).expanduser()
+
+
+def _bytes(pixels: np.ndarray) -> np.ndarray:
+    return (pixels.clip(0, 1) * 255).round().astype(np.uint8) if pixels.dtype.kind == "f" else pixels
+
+
+def _rgb(picture: Image) -> Image:
+    return picture.convert("RGB") if picture.mode != "RGB" else picture.copy()
+
+
+def _short(value: Any) -> str:
+    return str(value) if isinstance(value, (str, Path)) else type(value).__name__
 
 
 def _path(folder: str | Path, name: str, suffix: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from mmrl.types import Prompt, Samples
 from rewards.parsing import MOST, answer_of, code_of
 from rewards.render_likeness import beyond_blank, nearness, ssim
 from rewards.render_sandbox import Language, Limits, Sandbox
-from rewards.text import Row, TextReward
+from rewards.text import Row
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,7 +49,7 @@ def drawing_code(answer: str, language: Language) -> str | None:
     return code if code.strip() else None
 
 
-class Render(TextReward):
+class Render:
     """Likeness, in [0, 1], of the picture that an answer's code draws to the true picture; 0 for code that draws none.
 
     The code runs in a process of its own with little time, memory and rights; see ``docs/text-rewards.md`` for what
@@ -73,6 +73,8 @@ class Render(TextReward):
     """
 
     name = "render"
+    differentiable = False
+    partial = False
 
     def __init__(
         self,
@@ -102,7 +104,11 @@ class Render(TextReward):
         self.tag, self.column = tag, column
 
     def __call__(self, samples: Samples) -> list[float | None]:
-        """Scores ``[N]``; see :class:`rewards.text.TextReward`."""
+        """Scores ``[N]``, None where the reward does not apply.
+
+        Raises:
+            UserError: the samples are not texts, or the true picture of a row is missing or broken.
+        """
         if samples.texts is None:
             raise UserError(f"reward '{self.name}' scores texts, but the samples have none")
         rows = [Row(samples, number, self.name, self.column) for number in range(len(samples))]
@@ -147,12 +153,12 @@ class Render(TextReward):
             return _tensor(picture)
         if isinstance(value, Tensor):
             return value.float().clamp(0, 1)
-        if not isinstance(value, (str, Path)) and not hasattr(value, "convert"):
+        if not isinstance(value, (str, Path, Mapping)) and not hasattr(value, "__array_interface__"):
             raise row.bad_truth(value, f"a picture, or {self.language} code that draws one")
         try:
             return _tensor(open_picture(value))
-        except OSError as error:
-            raise row.refuse(f"has a true picture '{value}' that cannot be read: {error}") from error
+        except UserError as error:
+            raise row.refuse(f"has a true picture that cannot be read: {error}") from error
 
     def _smaller(self, picture: Tensor) -> Tensor:
         longest = max(picture.shape[-2:])

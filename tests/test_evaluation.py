@@ -31,7 +31,7 @@ def test_interval_ends_where_the_normal_test_does():
 
 
 class Walker:
-    """Acts in a world of its own: an episode's length and end are a function of the prompt's and the noise's seed."""
+    """Acts in a world of its own: an episode is a function of the prompt's seed."""
 
     batch_size = 4
 
@@ -39,12 +39,9 @@ class Walker:
         self.record = 0
 
     def generate(self, prompts, seeds, grad_steps=0):
-        return Samples(
-            list(prompts),
-            episodes=[self._episode(p, s, k < self.record) for k, (p, s) in enumerate(zip(prompts, seeds))],
-        )
+        return Samples(list(prompts), episodes=[self._episode(p, k < self.record) for k, p in enumerate(prompts)])
 
-    def _episode(self, prompt, seed, record):
+    def _episode(self, prompt, record):
         draws = generator(prompt.inputs["seed"], "world")
         turns = int(torch.randint(2, 6, (), generator=draws))
         success = bool(torch.rand((), generator=draws) < 0.4)

@@ -12,6 +12,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 26
 MAX_POINTS = 320
 
 Points = Sequence[tuple[int, float | None]]
+Band = Sequence[tuple[float, float] | None]
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Line:
     Attributes:
         points: ``(step, value)``; None is a gap.
         colour: index into the page's palette.
-        spread: half-width of a band around each point, in the order of ``points``.
+        band: lowest and highest value of a band around each point, in the order of ``points``.
         dots: draw each point, with its value as a tooltip.
         faint: draw thin and pale, as the raw data behind a smoothed curve.
     """
@@ -29,7 +30,7 @@ class Line:
     points: Points
     label: str = ""
     colour: int = 0
-    spread: Sequence[float | None] | None = None
+    band: Band | None = None
     dots: bool = False
     faint: bool = False
 
@@ -84,16 +85,15 @@ def line_chart(
     for line in lines:
         # A band may widen the axis, but not so far that the curve itself becomes flat.
         room = 1.0 * (max(values) - min(values)) or None
-        for (_, v), s in zip(line.points, line.spread or (), strict=False):
-            if v is not None and s is not None:
-                low = min(low, v - s if room is None else max(v - s, min(values) - room))
-                high = max(high, v + s if room is None else min(v + s, max(values) + room))
+        for ends in filter(None, line.band or ()):
+            low = min(low, ends[0] if room is None else max(ends[0], min(values) - room))
+            high = max(high, ends[1] if room is None else min(ends[1], max(values) + room))
     if floor is not None:
         low = min(low, floor)
     axes = _Axes(*_step_range(steps), *_value_range(low, high, log), log=log)
     body = [axes.grid(), _stage_marks(axes, stages)]
     for line in lines:
-        if line.spread is not None:
+        if line.band is not None:
             body.append(_band(axes, line))
     for line in lines:
         kind = "faint" if line.faint else "line"
@@ -239,13 +239,12 @@ def _path(axes: _Axes, points: Points) -> str:
 
 
 def _band(axes: _Axes, line: Line) -> str:
-    spread = line.spread or ()
-    rows = [(s, v, e) for (s, v), e in zip(line.points, spread, strict=True)]
+    rows = [(step, ends) for (step, _), ends in zip(line.points, line.band or (), strict=True)]
     size = math.ceil(len(rows) / MAX_POINTS)
     shapes, run = [], []
-    for step, value, half in [*rows[::size], (0, None, None)]:
-        if value is not None and half is not None:
-            run.append((step, max(value - half, axes.y_low), value + half))
+    for step, ends in [*rows[::size], (0, None)]:
+        if ends is not None:
+            run.append((step, max(ends[0], axes.y_low), ends[1]))
             continue
         if len(run) > 1:
             upper = [f"{axes.x(s):.1f} {axes.y(high):.1f}" for s, _, high in run]

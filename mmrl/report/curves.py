@@ -48,7 +48,7 @@ def curves(run: Run) -> str:
         return ""
     section = (
         "<h2>Curves</h2><p>Over training steps. Thin lines are single steps, thick lines a moving average, bands one "
-        "standard deviation.</p>"
+        "standard deviation, or the 95% interval of a held-out share of successes.</p>"
     )
     section += f'<div class="charts">{"".join(shown)}</div>'
     if others:
@@ -88,12 +88,14 @@ def _range(points: Points) -> str:
     return f"{number(values[0][1])} → {number(values[-1][1])}"
 
 
-def _curve(
-    points: Points, smoothed: Points, label: str, colour: int = 0, spread: Sequence[float | None] | None = None
-) -> list[Line]:
+def _curve(points: Points, smoothed: Points, label: str, colour: int = 0, spread: Points = ()) -> list[Line]:
+    """Single steps and their moving average, with a band of the half-widths ``spread``."""
+    halves = dict(spread)
+    ends = [(value, halves.get(step)) for step, value in smoothed]
+    band = [None if None in pair else (pair[0] - pair[1], pair[0] + pair[1]) for pair in ends] if spread else None
     if smoothed == points:
-        return [Line(points, label, colour, spread, dots=len(points) < 4)]
-    return [Line(points, label, colour, faint=True), Line(smoothed, label, colour, spread)]
+        return [Line(points, label, colour, band, dots=len(points) < 4)]
+    return [Line(points, label, colour, faint=True), Line(smoothed, label, colour, band)]
 
 
 def _metric(run: Run, name: str, title: str, note: str, floor: float | None) -> str:
@@ -121,10 +123,10 @@ def _scores(run: Run) -> list[str]:
         parts = [n for n in run.score_names if n.endswith("/mean") and n != main and n not in DIVERSITY]
         # With a single reward its curve is the total over again.
         parts = [n for n in parts if run.score_series(n) != points]
-        lines = [Line(points, "total" if parts else "held-out score", 0, dots=True)]
+        lines = [Line(points, "total" if parts else "held-out score", 0, run.interval(main), dots=True)]
         for index, name in enumerate(parts, 1):
             label = name.removeprefix("eval/").removesuffix("/mean")
-            lines.append(Line(run.score_series(name), label, index % PALETTE, dots=True))
+            lines.append(Line(run.score_series(name), label, index % PALETTE, run.interval(name), dots=True))
         lines = [line for line in lines if finite(line.points)]
         chart = line_chart(lines, _describe("Held-out score", points), run.steps, run.stages)
         note = "Prompts that are never trained on, with the same seeds each time. This is the curve that counts."
@@ -143,9 +145,8 @@ def _rewards(run: Run) -> list[str]:
     total = run.series("reward/mean")
     cards = []
     if total:
-        spread = _aligned(run.series("reward/std"), total)
         chart = line_chart(
-            _curve(total, smooth(total), "reward", 0, spread),
+            _curve(total, smooth(total), "reward", 0, run.series("reward/std")),
             _describe("Training reward", total),
             run.steps,
             run.stages,
@@ -157,16 +158,10 @@ def _rewards(run: Run) -> list[str]:
     for index, name in enumerate(parts, 1):
         label = name.removeprefix("reward/").removesuffix("/mean")
         points = run.series(name)
-        spread = _aligned(run.series(f"reward/{label}/std"), points)
-        lines = _curve(points, smooth(points), label, index % PALETTE, spread)
+        lines = _curve(points, smooth(points), label, index % PALETTE, run.series(f"reward/{label}/std"))
         chart = line_chart(lines, _describe(f"Reward {label}", points), run.steps, run.stages)
         cards.append(_card(f"Reward: {label}", "", chart, _range(smooth(points))))
     return cards
-
-
-def _aligned(values: Points, points: Points) -> list[float | None]:
-    by_step = dict(values)
-    return [by_step.get(step) for step, _ in points]
 
 
 def _time(run: Run) -> str:

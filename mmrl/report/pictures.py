@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.errors import UserError
-from mmrl.media import data_uri
+from mmrl.media import data_uri, film_uri
 from mmrl.report.charts import number
 from mmrl.report.run import Evaluation, Run, Sample
 from mmrl.report.verdict import signed
@@ -65,7 +64,7 @@ def through_training(run: Run) -> str:
     chosen = [run.evaluations[round(i * (count - 1) / (columns - 1))] for i in range(columns)]
     by_step = [{sample.key: sample for sample in evaluation.samples} for evaluation in chosen]
     rows = []
-    for sample in _one_per_prompt(chosen[-1].samples)[:FILM_ROWS]:
+    for sample in _one_per_prompt(_shown(chosen[-1].samples))[:FILM_ROWS]:
         cells = []
         for evaluation, samples in zip(chosen, by_step, strict=True):
             found = samples.get(sample.key)
@@ -85,7 +84,9 @@ def best_and_worst(run: Run) -> str:
     if not run.evaluations:
         return ""
     last = run.evaluations[-1]
-    ranked = sorted((s for s in last.samples if s.total is not None), key=lambda s: s.total or 0.0, reverse=True)
+    ranked = sorted(
+        (s for s in _shown(last.samples) if s.total is not None), key=lambda s: s.total or 0.0, reverse=True
+    )
     if len(ranked) < 2:
         return ""
     count = min(EXTREMES, len(ranked) // 2)
@@ -101,7 +102,12 @@ def best_and_worst(run: Run) -> str:
 
 def _pairs(first: Evaluation, last: Evaluation) -> list[tuple[Sample, Sample]]:
     before = {sample.key: sample for sample in first.samples}
-    return [(before[s.key], s) for s in _one_per_prompt(last.samples) if s.key in before]
+    return [(before[s.key], s) for s in _one_per_prompt(_shown(last.samples)) if s.key in before]
+
+
+def _shown(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Those with something to look at: of episodes only the first are filmed."""
+    return [sample for sample in samples if sample.file or sample.text is not None] or samples
 
 
 def _one_per_prompt(samples: Sequence[Sample]) -> list[Sample]:
@@ -182,8 +188,8 @@ def _embed(path: Path) -> tuple[str, bool]:
         with Image.open(path) as picture:
             picture.load()
             tiny = max(picture.size) <= TINY
-            if picture.format == "GIF" and path.stat().st_size <= MAX_BYTES * 2:
-                return f"data:image/gif;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}", tiny
+            if getattr(picture, "n_frames", 1) > 1:
+                return film_uri(path, MAX_BYTES * 2), tiny
             return data_uri(picture, MAX_SIDE, MAX_BYTES), tiny
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"{path} is not a readable picture: {error}") from error

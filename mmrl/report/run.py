@@ -73,6 +73,13 @@ class Run:
         """``(step, value)`` of an evaluation metric."""
         return _points(self.scores, name)
 
+    def interval(self, name: str) -> list[tuple[float, float] | None] | None:
+        """Ends of the 95% interval of an evaluation metric at each of its points; None if it is no proportion."""
+        base = name.removesuffix("/mean")
+        low, high = (dict(self.score_series(f"{base}/{end}")) for end in ("low", "high"))
+        steps = [step for step, _ in self.score_series(name)]
+        return [(low[step], high[step]) if step in low else None for step in steps] if low else None
+
     @property
     def names(self) -> list[str]:
         """Training metrics in the order they first appear."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mmrl.errors import UserError
+from mmrl.media import CLIP_KEYS, PICTURE_KEYS
 from mmrl.types import Prompt
-from pipelines.vlm.media import CLIP_KEYS, PICTURE_KEYS, Media, Shelf, processed_sizes
+from pipelines.vlm.media import Media, Shelf, processed_sizes
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 TEXT_KEYS = ("input_ids", "attention_mask", *TOKEN_TYPES)

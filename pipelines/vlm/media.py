@@ -10,14 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mmrl.errors import UserError
-
-PICTURE_KEYS = ("image", "path", "url")
-CLIP_KEYS = ("video", "path", "url")
+from mmrl.errors import located
+from mmrl.media import open_clip, open_picture
 
 
 @dataclass(eq=False)
@@ -36,73 +33,6 @@ class Media:
     videos: int = 0
     clips_as_pictures: bool = False
     features: dict[str, Any] | None = field(default=None, repr=False)
-
-
-def open_picture(value: Any, row: str) -> Any:
-    """An RGB picture from a path, PIL image, array or tensor (``[3, H, W]`` or ``[1, H, W]`` in [0, 1]).
-
-    Raises:
-        UserError: it is missing or broken; names the row.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    from mmrl.media import to_pil
-
-    if isinstance(value, Mapping):
-        value = _inside(value)
-    if isinstance(value, Tensor):
-        return to_pil(value)
-    if isinstance(value, np.ndarray):
-        return Image.fromarray(value).convert("RGB")
-    try:
-        if isinstance(value, Image.Image):
-            return _rgb(value)
-        if isinstance(value, (str, Path)):
-            path = Path(str(value).removeprefix("file://")).expanduser()
-            if not path.is_file():
-                raise UserError(f"row '{row}': there is no picture '{value}'")
-            value = path
-        with Image.open(value) as picture:
-            # This is a copy already, unlike the picture of a file that is closed.
-            upright = ImageOps.exif_transpose(picture)
-            return upright if upright.mode == "RGB" else upright.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise UserError(f"row '{row}': '{_short(value)}' is not a picture") from error
-    except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        # What the format readers raise for a file that begins like a picture and goes on otherwise.
-        raise UserError(f"row '{row}': '{_short(value)}' is a broken picture: {error}") from error
-
-
-def open_clip(value: Any, row: str) -> Any:
-    """A clip as a list of RGB frames, from a sequence of pictures, a tensor ``[F, 3, H, W]`` or a folder of pictures or
-    animated picture file; any other file goes to the processor as a path, which decodes it.
-
-    Raises:
-        UserError: it is missing, broken or empty; names the row.
-    """
-    from PIL import Image, ImageSequence, UnidentifiedImageError
-
-    if isinstance(value, (str, Path)):
-        path = Path(str(value).removeprefix("file://")).expanduser()
-        if path.is_dir():
-            frames = [open_picture(file, row) for file in sorted(path.iterdir()) if file.is_file()]
-        elif not path.is_file():
-            raise UserError(f"row '{row}': there is no clip '{value}'")
-        else:
-            try:
-                with Image.open(path) as animation:
-                    frames = [_rgb(frame) for frame in ImageSequence.Iterator(animation)]
-            except UnidentifiedImageError:
-                return str(path)
-            except (OSError, SyntaxError, ValueError) as error:
-                raise UserError(f"row '{row}': '{value}' is a broken clip: {error}") from error
-    else:
-        frames = [open_picture(frame, row) for frame in value]
-    if not frames:
-        raise UserError(f"row '{row}': a clip has no frames")
-    return frames
 
 
 def content_key(opened: Any) -> str:
@@ -148,7 +78,8 @@ class Shelf:
         place = str(value) if isinstance(value, (str, Path)) else None
         if place is not None and place in self._opened:
             return self._opened[place]
-        opened = open_it(value, row)
+        with located(f"row '{row}'"):
+            opened = open_it(value)
         key = content_key(opened)
         opened = self._opened.setdefault((open_it, key), opened)
         self._keys[id(opened)] = key
@@ -221,23 +152,6 @@ def _flat(opened: Any, known: Mapping[int, str]) -> Iterator[Any]:
             yield from _flat(item, known)
     else:
         yield opened
-
-
-def _inside(value: Mapping[str, Any]) -> Any:
-    """The picture of a part or of a data set's ``{"bytes": ..., "path": ...}``."""
-    import io
-
-    if value.get("bytes") is not None:
-        return io.BytesIO(value["bytes"])
-    return next((value[key] for key in PICTURE_KEYS if value.get(key) is not None), None)
-
-
-def _rgb(picture: Any) -> Any:
-    return picture.convert("RGB") if picture.mode != "RGB" else picture.copy()
-
-
-def _short(value: Any) -> str:
-    return str(value) if isinstance(value, (str, Path)) else type(value).__name__
 
 
 def moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
