@@ -228,13 +228,13 @@ class Processes:
                 mistakes.append(error)
         for k, error in lost.items():
             worker = self.workers[k]
-            if worker.failures >= PATIENCE:
-                raise UserError(
-                    f"{error}; that was failure {worker.failures} in a row without a finished episode"
-                ) from error
-            log.warning("%s; it is started again, its episodes are dropped", error)
             self._lost[k :: len(self.workers)] = True
             worker.start()
+            if worker.failures < PATIENCE:
+                log.warning("%s; it is started again, its episodes are dropped", error)
+            else:
+                worker.failures = 0
+                mistakes.append(UserError(f"{error}; that was failure {PATIENCE} without a finished episode"))
         if mistakes:
             raise mistakes[0]
         return replies, list(lost)

@@ -7,25 +7,27 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+FAULTS = {13: "raise", 20: "exit", 27: "hang", 34: "nan", 41: "shape", 48: "render", 55: "reset"}
+
 
 class Walk(gymnasium.Env):
     """State: seed, steps since the reset, sum of actions. Ends of its own after ``seed % 7 + 2`` steps.
 
-    ``fault`` happens in step ``at`` of episodes with seed 13; with ``once``, a file's name, in the first of them only.
+    In its third step something goes wrong if ``FAULTS`` says so for its seed.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = gymnasium.spaces.Box(-2.0, 2.0, (2,), np.float32)
 
-    def __init__(self, fault: str = "", at: int = 1, once: str = "", success: bool = False):
-        self.fault, self.at, self.once, self.success = fault, at, once, success
+    def __init__(self, success: bool = False):
+        self.success = success
         self.render_mode = "rgb_array"
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.state = np.array([seed, 0.0, 0.0])
-        if self.fault == "reset" and seed == 13:
+        self.state = np.array([seed or 0, 0.0, 0.0])
+        if self.fault == "reset":
             raise RuntimeError("no floor\nto walk on")
         return self.state.copy(), {}
 
@@ -34,12 +36,14 @@ class Walk(gymnasium.Env):
         assert not self.over, "stepped after its end"
         self.state += [0, 1, action.sum()]
         seen = self.state.copy()
-        if self.state[0] == 13 and self.state[1] == self.at and not (self.once and os.path.exists(self.once)):
-            if self.once:
-                open(self.once, "w").close()
+        if self.state[1] == 3:
             seen = self.fail(seen)
         info = {"is_success": self.over, "pace": float(action[0])} if self.success else {"steps": self.state[1]}
         return seen, float(action[0]), self.over and not self.success, False, info
+
+    @property
+    def fault(self) -> str:
+        return FAULTS.get(self.state[0], "")
 
     @property
     def over(self) -> bool:
