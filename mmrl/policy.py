@@ -119,6 +119,9 @@ class ChainPolicy(Policy, Protocol):
 
     num_steps: int
 
+    def start(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
+        """Noise ``[N, ...]`` from which ``chain`` starts for the same seeds."""
+
     def chain(
         self,
         prompts: Sequence[Prompt],

@@ -108,8 +108,10 @@ def train_all(pipe: Any) -> Parameters:
     return Parameters(named)
 
 
-def enable_gradient_checkpointing(pipe: Any) -> None:
+def enable_gradient_checkpointing(pipe: Any, whole_steps: bool = False) -> None:
     """Recompute activations of the denoisers' blocks and of the VAE in the backward pass.
+
+    With ``whole_steps`` a network call keeps its inputs alone, and its blocks theirs while it is recomputed.
 
     The blocks are wrapped here because the switch of diffusers leads through other code: in 0.42 Chroma forgets its
     text mask there, so that the ratio of a replay is not 1, and HunyuanImage fails.
@@ -121,8 +123,8 @@ def enable_gradient_checkpointing(pipe: Any) -> None:
         blocks = [block for part in module.children() if isinstance(part, nn.ModuleList) for block in part]
         if not blocks:
             raise UserError(f"gradient_checkpointing: {type(module).__name__} does not support it; set it to false")
-        for block in blocks:
-            block.forward = functools.partial(_checkpointed, block.forward)
+        for part in [*blocks, module] if whole_steps else blocks:
+            part.forward = functools.partial(_checkpointed, part.forward)
     if getattr(getattr(pipe, "vae", None), "_supports_gradient_checkpointing", False):
         pipe.vae.enable_gradient_checkpointing()
 

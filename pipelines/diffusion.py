@@ -64,7 +64,9 @@ class DiffusionPolicy:
         batch_size: rows per pipeline call.
         same_noise: members of a group start from the same x_T.
         shared_prefix: run the steps before the window once per prompt; needs ``same_noise``.
-        gradient_checkpointing: recompute activations in the backward pass (denoiser and VAE).
+        gradient_checkpointing: recompute activations in the backward pass (the denoiser's blocks and the VAE); with
+            ``step``, whole denoising steps, so that the gradient of many steps needs the memory of one.
+        vae_tiling: decode pictures in overlapping tiles.
         keep_mean: keep the behaviour means in ``rollout.mean``.
         keep_states: ``window`` keeps the states that decisions need, ``all`` keeps every step's.
         eval_num_steps, eval_call: for ``generate``; the rest of ``call`` still applies.
@@ -91,7 +93,8 @@ class DiffusionPolicy:
         batch_size: Annotated[int, Field(ge=1)] = 8,
         same_noise: bool = False,
         shared_prefix: bool = False,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Literal["step"] = False,
+        vae_tiling: bool = False,
         keep_mean: bool = False,
         keep_states: Literal["window", "all"] = "window",
         eval_num_steps: Annotated[int, Field(ge=1)] | None = None,
@@ -124,7 +127,9 @@ class DiffusionPolicy:
         self.lora = lora
         self.parameters = adapters.train_all(pipe) if lora is None else adapters.add_lora(pipe, lora)
         if gradient_checkpointing:
-            adapters.enable_gradient_checkpointing(pipe)
+            adapters.enable_gradient_checkpointing(pipe, whole_steps=gradient_checkpointing == "step")
+        if vae_tiling:
+            enable_tiling(pipe)
 
     load = staticmethod(loading.load_pipeline)
 
@@ -455,6 +460,14 @@ class DiffusionPolicy:
             return False
         alone = torch.cat([self._predict(prompts[i : i + 1], x[i : i + 1], time[i], call) for i in range(len(x))])
         return bool((together - alone).abs().max() <= 1e-2 * alone.abs().max())
+
+
+def enable_tiling(pipe: Any) -> None:
+    """Let the VAE work on overlapping tiles; raises ``UserError`` where it cannot."""
+    vae = getattr(pipe, "vae", None)
+    if not hasattr(vae, "enable_tiling"):
+        raise UserError(f"vae_tiling: the VAE of {type(pipe).__name__} has no tiles; set it to false")
+    vae.enable_tiling()
 
 
 def check_step(step: StepKind, noise_level: float, seam: Seam) -> StepKind:

@@ -14,6 +14,7 @@ from mmrl.algorithms.reward_backprop import RewardBackprop
 from mmrl.components import algorithm_component, build_algorithm
 from mmrl.config import parse_config
 from mmrl.errors import UserError
+from mmrl.noise_optimisation import optimise_noise
 from mmrl.scoring import Scorer, Scores
 from mmrl.tally import Clock, Tally
 from mmrl.types import Chain, Samples
@@ -200,3 +201,32 @@ def test_what_cannot_be_differentiated_is_refused_before_anything_is_loaded(tmp_
         parse_config(config)
     with pytest.raises(UserError, match=r"needs a policy that offers chain.*only through the sampler"):
         parse_config(table_config(tmp_path / "run", {"type": "draft"}))
+
+
+def test_optimised_noise_beats_the_noise_that_was_drawn():
+    lent = context(num_steps=2)
+    policy = lent.policy
+    found = optimise_noise(policy, lent.scorer, PROMPTS, [1, 2], iterations=6, lr=50.0)
+    assert found.totals.shape == (6, 2)
+    best = lent.scorer(found.samples).total
+    assert torch.equal(best, found.totals.max(0).values)
+    assert (best > found.totals[0] + 0.01).all()
+    assert torch.equal(found.totals[0], lent.scorer(policy.generate(PROMPTS, [1, 2])).total)
+    again = policy.chain(PROMPTS, [1, 2], Chain(0, 2, 0), found.noise)
+    assert torch.equal(again.samples.images, found.samples.images)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in policy.parameters)
+    # Its norm is pulled to that of a Gaussian's typical sample, the square root of the number of elements.
+    size = found.noise[0].numel() ** 0.5
+    free, held = (
+        optimise_noise(policy, lent.scorer, PROMPTS, [1, 2], iterations=9, lr=50.0, norm_coef=coef, max_grad_norm=9.0)
+        for coef in (0.0, 1e-3)
+    )
+    assert (held.noise.flatten(1).norm(dim=1) - size).abs().max() < (
+        free.noise.flatten(1).norm(dim=1) - size
+    ).abs().max()
+
+
+def test_pictures_decoded_in_tiles_carry_gradient():
+    lent = context(num_steps=2, vae_tiling=True)
+    assert lent.policy.pipe.vae.use_tiling
+    assert gradient(named("reward_backprop"), lent, PROMPTS).abs().max() > 0
