@@ -111,8 +111,8 @@ class SceneEncoder(nn.Module):
         super().__init__()
         if spaces.image_shape is None:
             raise UserError("network 'scene' reads pictures, but the environment shows none: set its image size")
-        if width % heads:
-            raise UserError(f"network.width is {width}, but should be a multiple of network.heads, {heads}")
+        if width % heads or width % 4:
+            raise UserError(f"network.width is {width}, but should be a multiple of 4 and of network.heads, {heads}")
         self.picture: nn.Module = ConvStem(spaces.image_shape, width)
         if backbone is not None:
             found = Backbone(backbone, freeze_backbone)
@@ -141,7 +141,9 @@ class SceneEncoder(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, mask[:, None, None])
             states.append(tokens)
-        prefix = Prefix(torch.stack(states, 1), mask, own_state(observation, self.memory.state_dim, tokens))
+        prefix = Prefix(
+            torch.stack(states, 1), mask, own_state(observation, self.memory.state_dim, tokens, len(tokens))
+        )
         return prefix.pooled() if self.pool else prefix
 
     def word_ids(self, text: str) -> Tensor:
@@ -152,7 +154,7 @@ class SceneEncoder(nn.Module):
                 raise UserError(f"instruction '{text}': network.words has no '{word}'{nearest(word, self.ids)}")
         if len(found) > self.max_words:
             raise UserError(f"instruction '{text}' has {len(found)} words: network.max_words is {self.max_words}")
-        return torch.tensor([self.ids[word] for word in found] + [0] * (self.max_words - len(found)))
+        return torch.tensor([self.ids[word] for word in found] + [0] * (self.max_words - len(found)), dtype=torch.long)
 
     def chunk_network(self, horizon: int, action_dim: int, time_width: int) -> FlowExpert | None:
         """What a denoising head asks, with this encoder's prefix as context; None leaves that to the head."""
@@ -259,6 +261,6 @@ def seen_by(prefix: Tensor, queries: int, causal: bool) -> Tensor:
     return torch.cat([prefix[:, None].expand(-1, queries, -1), own], 2)[:, None]
 
 
-def own_state(observation: Observation, state_dim: int, like: Tensor) -> Tensor:
+def own_state(observation: Observation, state_dim: int, like: Tensor, n: int) -> Tensor:
     """The observed state ``[n, state_dim]``, or nothing of it with 0."""
-    return observation.state.to(like) if state_dim else like.new_zeros(len(like), 0)
+    return observation.state.to(like) if state_dim else like.new_zeros(n, 0)

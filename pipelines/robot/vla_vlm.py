@@ -87,19 +87,22 @@ class VLMEncoder(nn.Module):
         self.context_dim = self.memory.width + state_dim
 
     def forward(self, observation: Observation) -> Prefix:
-        """The prefix of n observations: their keys and values in every layer, computed once."""
-        prompts = [
-            Prompt(text=self.prompt.format(instruction=text), images=(image.float().cpu() / 255,))
-            for image, text in zip(observation.image, observation.instruction, strict=True)
-        ]
-        read = self.reader.read(prompts)
+        """The prefix of n observations: their keys and values in every layer; equal ones run once."""
+        seen: dict[tuple[str, bytes], Prompt] = {}
+        keys = []
+        for image, text in zip(observation.image.cpu(), observation.instruction, strict=True):
+            keys.append((text, image.numpy().tobytes()))
+            prompt = Prompt(text=self.prompt.format(instruction=text), images=(image.float() / 255,))
+            seen.setdefault(keys[-1], prompt)
+        read = self.reader.read(list(seen.values()))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
             _, cache, mask = self.network.prefill(read)
         states = self._flat(cache, mask)
         following = torch.stack([torch.full((len(one.positions),), len(one) + one.delta) for one in read])
-        return Prefix(
-            states, mask > 0, own_state(observation, self.memory.state_dim, states), following.to(mask.device)
-        )
+        numbers = {key: number for number, key in enumerate(seen)}
+        place = torch.tensor([numbers[key] for key in keys], device=mask.device)
+        state = own_state(observation, self.memory.state_dim, states, len(keys))
+        return Prefix(states[place], mask[place] > 0, state, following.to(mask.device)[place])
 
     def _flat(self, cache: Any, mask: Tensor) -> Tensor:
         """Keys and values as ``[n, L, S, M]``."""
