@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmrl.errors import UserError
@@ -28,13 +28,16 @@ REWARDS: dict[str, tuple[str, str]] = {
     "counting": ("rewards.geometry_points:Counting", "whether a number of things is right, exactly or graded"),
     "detection": ("rewards.detection:Detection", "objects, counts, colours and positions as in GenEval, by a detector"),
     "diversity": ("rewards.diversity:Diversity", "pixel distance of a picture to the others of its prompt"),
+    "dynamic_degree": ("rewards.video_motion:DynamicDegree", "how much moves in a clip, by optical flow (VBench)"),
     "edit_distance": (
         "rewards.text_overlap:EditDistance",
         "edit distance of the answer to the true text, by characters or words",
     ),
     "episode_return": ("rewards.robot:EpisodeReturn", "sum of the environment's rewards, credited turn by turn"),
     "exact": ("rewards.answers:Exact", "whether the answer is the true text"),
+    "first_frame": ("rewards.video:FirstFrame", "likeness of a clip's first frame and the prompt's picture"),
     "format": ("rewards.text_shape:Format", "whether a text is think and answer tags, or others, and nothing else"),
+    "frames": ("rewards.frames:Frames", "an image reward on sampled frames of a clip (InstructVideo)"),
     "gui_action": ("rewards.answers:GuiAction", "kind, place and text of an action on a screen (GUI-R1)"),
     "hpsv2": ("rewards.clip:HPSv2", "human preference score v2, an open_clip model"),
     "iou": ("rewards.geometry_boxes:Iou", "overlap of the box in an answer with the true one: plain or generalised"),
@@ -54,6 +57,10 @@ REWARDS: dict[str, tuple[str, str]] = {
         "right answers earn more when short, wrong ones lose less when long: cosine",
     ),
     "math": ("rewards.math_answers:Math", "whether a mathematical answer equals the true one, by math-verify"),
+    "motion_smoothness": (
+        "rewards.video_motion:MotionSmoothness",
+        "how well frames are foreseen from their neighbours, by optical flow (VBench)",
+    ),
     "moving_shapes": (
         "rewards.moving_shapes:MovingShapes",
         "exact check of colour, shape, direction and speed in clips of plain shapes",
@@ -80,12 +87,17 @@ REWARDS: dict[str, tuple[str, str]] = {
     "salient_boxes": ("rewards.geometry_boxes:SalientBoxes", "overlap with boxes of which some matter more (GRiP)"),
     "shapes": ("rewards.shapes:Shapes", "exact check of colour, shape, count and position in pictures of plain shapes"),
     "success": ("rewards.robot:Success", "whether the environment said that its task is done"),
+    "temporal_consistency": (
+        "rewards.video:TemporalConsistency",
+        "likeness of a clip's frames in a CLIP model (VBench)",
+    ),
     "temporal_iou": (
         "rewards.geometry_points:TemporalIou",
         "overlap of the interval of time in an answer with the true one",
     ),
     "tool_use": ("rewards.tool_use:ToolUse", "calls of tools that worked: the bonus of DeepEyes"),
     "trajectory": ("rewards.geometry_points:Trajectory", "how near the path in an answer is to the true one (VLA-R1)"),
+    "video_clip": ("rewards.video:VideoClip", "cosine of a clip's frames, on average, and prompt in a CLIP model"),
 }
 
 
@@ -117,6 +129,19 @@ def build_reward(target: Callable, options: dict[str, Any]) -> Callable:
     if inspect.isclass(target):
         return target(**options)
     return FunctionReward(target, options) if inspect.isroutine(target) else target
+
+
+def nested_reward(name: str, of: Mapping[str, Any]) -> Callable:
+    """The reward that is an option of the reward ``name``: ``{type: ..., its options}``.
+
+    Raises:
+        UserError: it has no type; or as :func:`load_reward`.
+    """
+    options = dict(of)
+    kind = options.pop("type", None)
+    if not isinstance(kind, str):
+        raise UserError(f"reward '{name}': 'of' needs a 'type', the name of a reward")
+    return load_reward(kind, **options)
 
 
 def reward_options(name: str) -> type[Strict]:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from mmrl.errors import UserError
 from mmrl.types import Samples
+from rewards import nested_reward
 from rewards.parsing import MOST, answer_of, json_values
 from rewards.text import Row, TextReward
 
@@ -132,7 +133,7 @@ class Length(TextReward):
         exceeded: float | None = None,
     ):
         self.limit, self.threshold, self.right, self.wrong, self.exceeded = limit, threshold, right, wrong, exceeded
-        self.of = None if of is None else _nested(self.name, of)
+        self.of = None if of is None else nested_reward(self.name, of)
 
     def __call__(self, samples: Samples) -> list[float | None]:
         lengths = super().__call__(samples)
@@ -154,17 +155,6 @@ class Length(TextReward):
             return self.exceeded
         start, end = self.right if right else self.wrong
         return end + (start - end) * (1 + math.cos(math.pi * min(length / self.limit, 1.0))) / 2
-
-
-def _nested(name: str, of: dict[str, Any]) -> Any:
-    """The reward inside another one's options."""
-    from rewards import load_reward
-
-    options = dict(of)
-    kind = options.pop("type", None)
-    if not isinstance(kind, str):
-        raise UserError(f"reward '{name}': 'of' needs a 'type', the name of a reward")
-    return load_reward(kind, **options)
 
 
 class Overlong(TextReward):

@@ -11,6 +11,7 @@ from mmrl.dialogue import Transcript
 from mmrl.errors import UserError
 from mmrl.scoring import as_scores
 from mmrl.types import Samples
+from rewards import nested_reward
 
 
 class ToolUse:
@@ -41,15 +42,7 @@ class ToolUse:
         self.enough = enough
         self.error_cost = error_cost
         self.threshold = threshold
-        self.of = None
-        if of is not None:
-            from rewards import load_reward
-
-            options = dict(of)
-            kind = options.pop("type", None)
-            if not isinstance(kind, str):
-                raise UserError(f"reward '{self.name}': 'of' needs a 'type', the name of a reward")
-            self.of = load_reward(kind, **options)
+        self.of = None if of is None else nested_reward(self.name, of)
 
     def __call__(self, samples: Samples) -> list[float | None]:
         """Scores ``[N]``, None where ``of`` does not apply.

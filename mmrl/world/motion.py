@@ -1,7 +1,7 @@
 """Moving shapes: what a clip is asked to show, in which words, and clips that show it.
 
-A *target* is plain JSON: ``{"colour": "red", "shape": "circle", "direction": "left", "speed": "fast"}``. One shape moves in
-a straight line at constant speed and stays inside the picture. The verifier is :mod:`mmrl.world.motion_verify`.
+A *target* is plain JSON: ``{"colour": "red", "shape": "circle", "direction": "left", "speed": "fast"}``. One shape moves
+in a straight line at constant speed and stays inside the picture. The verifier is :mod:`mmrl.world.motion_verify`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmrl.world.drawing import draw
 from mmrl.world.scenes import COLOURS, SHAPES, Object, Scene
 
 FRAMES = 9
-SIDE = 24
+SIDE = 16
 
 DIRECTIONS: Mapping[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS: Mapping[str, tuple[float, float]] = {"slowly": (0.14, 0.22), "fast": (0.44, 0.52)}
@@ -28,7 +28,7 @@ SPEEDS: Mapping[str, tuple[float, float]] = {"slowly": (0.14, 0.22), "fast": (0.
 
 ASKED_COLOURS = ("red", "green", "blue", "yellow", "purple")
 ASKED_SHAPES = ("circle", "square", "triangle", "cross")
-MIN_SIZE, MAX_SIZE = 0.18, 0.21
+MIN_SIZE, MAX_SIZE = 0.17, 0.20
 PARTS = ("colour", "shape", "direction", "speed")
 
 _CHOICES = {"colour": tuple(COLOURS), "shape": SHAPES, "direction": tuple(DIRECTIONS), "speed": tuple(SPEEDS)}
@@ -130,4 +130,3 @@ def check_target(target: Any, place: str) -> None:
         value = target.get(part)
         if value not in choices:
             raise UserError(f"{place}: target has {part} {value!r}{nearest(str(value), choices)}")
-

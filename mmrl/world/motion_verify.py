@@ -1,8 +1,8 @@
 """An exact judge of clips of moving shapes: colour, shape, direction and speed against a request.
 
 Each frame goes through the detector of pictures (:mod:`mmrl.world.verify`). A frame that shows exactly one object is
-*clear*; a straight line is fitted to the places of that object over time. Frames where it is far from that line, or that
-are not clear, earn nothing, so an object that flickers, jumps or changes loses marks in proportion.
+*clear*; a straight line is fitted to the places of that object over time. Frames where it is far from that line, or
+that are not clear, earn nothing, so an object that flickers, jumps or changes loses marks in proportion.
 """
 
 from __future__ import annotations
