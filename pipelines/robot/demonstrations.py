@@ -104,7 +104,7 @@ def demonstrations(
                             id=f"demonstration-{numbers[number]}-{turn}",
                             text=text or env,
                             target={"observation": observation, "actions": actions},
-                            metadata={"env": env},
+                            metadata={"env": env, "seed": seeds[number]},
                         )
     finally:
         envs.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -91,7 +92,7 @@ class PlanarEnv(VectorEnv):
     def _define_spaces(self) -> None:
         spaces: dict[str, gymnasium.Space] = {
             "state": gymnasium.spaces.Box(-2.0, 2.0, self._state(np.arange(1)).shape[1:], np.float32),
-            "instruction": gymnasium.spaces.Text(64, min_length=1),
+            "instruction": gymnasium.spaces.Text(64, charset=string.ascii_lowercase + " "),
         }
         if self.image is not None:
             spaces["image"] = gymnasium.spaces.Box(0, 255, (3, self.image, self.image), np.uint8)

@@ -13,6 +13,8 @@ PUCK_RADIUS = 0.13
 PUCK_COLOUR = (0.55, 0.55, 0.58)
 CONTACT = GRIPPER_RADIUS + PUCK_RADIUS
 """Distance of the centres at which gripper and puck touch."""
+_SLACK = 1e-5
+"""For rounding."""
 
 
 class PlanarPush(PlanarEnv):
@@ -78,8 +80,10 @@ class PlanarPush(PlanarEnv):
         # A puck against a wall holds the gripper back.
         offset = puck - gripper
         overlap = np.maximum(np.float32(CONTACT) - length(offset), 0)[:, None]
-        self.places[rows, 0] = np.clip(gripper - overlap * unit(offset), -1, 1)
-        self.places[rows, 1] = puck
+        gripper = np.clip(gripper - overlap * unit(offset), -1, 1)
+        # In a corner there may be no room for both: then neither moves.
+        apart = length(puck - gripper) > CONTACT - _SLACK
+        self.places[rows[apart], 0], self.places[rows[apart], 1] = gripper[apart], puck[apart]
 
     def _potential(self, rows: np.ndarray) -> np.ndarray:
         return super()._potential(rows) - 0.5 * length(self.places[rows, 0] - self.places[rows, 1])
