@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
@@ -282,6 +283,32 @@ def test_clips_are_embedded_moving(tmp_path):
     rows = [{"file": f"{name}.gif", "prompt": "p", "seed": 0, "scores": {}, "total": 0.5} for name in "ab"]
     (folder / "scores.json").write_text(json.dumps(rows))
     assert write_report(tmp_path).read_text().count("data:image/gif;base64,") == 2
+
+
+def test_a_share_of_successes_has_a_band_and_only_filmed_episodes_are_shown(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step, share, low, high in ((0, 0.25, 0.12, 0.44), (40, 0.75, 0.56, 0.88)):
+        ends = {"low": low, "high": high, "count": 28}
+        scores = {f"eval/{name}/{end}": value for name in ("reward", "success") for end, value in ends.items()}
+        writer.write(step, {"eval/reward": share, "eval/success/mean": share, **scores})
+        folder = tmp_path / "eval" / f"step-{step:06d}"
+        save_videos(torch.rand(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), folder, ["0", "1"])
+        rows = [{"prompt": f"p{k}", "seed": 0, "scores": {}, "total": float(k < 28 * share)} for k in range(28)]
+        for k in range(2):
+            rows[k]["file"] = f"{k}.gif"
+        (folder / "scores.json").write_text(json.dumps(rows))
+    page = write_report(tmp_path).read_text()
+    assert "no picture" not in page
+    # Two pairs, and the better and the worse of the two that are filmed.
+    assert page.count("data:image/gif;base64,") == 6
+    assert "95%: 0.56 to 0.88" in page
+    (band,) = re.findall(r'class="band k0" d="M([^"]*)Z"', page)
+    heights = [float(pair.split()[1]) for pair in band.split("L")]
+    lines = re.findall(r'class="line k0" d="M([^"]*)"', page)[0]
+    middle = [float(pair.split()[1]) for pair in lines.replace("h0", "").split("L")]
+    # Pixels grow downwards: high ends, then the low ones from right to left.
+    assert heights[0] < middle[0] < heights[3]
+    assert heights[1] < middle[1] < heights[2]
 
 
 def test_broken_runs_are_user_errors(tmp_path):

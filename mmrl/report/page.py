@@ -108,12 +108,14 @@ def _verdict(verdict: Verdict) -> str:
 def _tiles(run: Run) -> str:
     tiles: list[tuple[str, str, str]] = []
     scores = finite(run.score_series(run.main_score)) if run.main_score else []
+    intervals = (run.main_score and run.interval(run.main_score)) or [None]
+    first, last = (f" · 95%: {number(at[0])} to {number(at[1])}" if at else "" for at in (intervals[0], intervals[-1]))
     if scores:
-        tiles.append(("Held-out before", number(scores[0][1]), f"step {scores[0][0]}"))
+        tiles.append(("Held-out before", number(scores[0][1]), f"step {scores[0][0]}{first}"))
     if len(scores) > 1:
         change = scores[-1][1] - scores[0][1]
         kind = "up" if change > 0 else "down" if change < 0 else ""
-        tiles.append(("Held-out after", number(scores[-1][1]), f'<span class="{kind}">{signed(change)}</span>'))
+        tiles.append(("Held-out after", number(scores[-1][1]), f'<span class="{kind}">{signed(change)}</span>{last}'))
         best = max(scores, key=lambda point: point[1])
         tiles.append(("Best evaluation", number(best[1]), f"step {best[0]}"))
     reward = finite(run.series("reward/mean"))

@@ -78,7 +78,7 @@ class Run:
         base = name.removesuffix("/mean")
         low, high = (dict(self.score_series(f"{base}/{end}")) for end in ("low", "high"))
         steps = [step for step, _ in self.score_series(name)]
-        return [(low[step], high[step]) if step in low else None for step in steps] if low else None
+        return [None if low.get(step) is None else (low[step], high[step]) for step in steps] if low else None
 
     @property
     def names(self) -> list[str]:
