@@ -4,7 +4,8 @@ An *encoder* is a module ``encoder(observation) -> context`` with an attribute `
 tensor ``[n, context_dim]``, or anything else with rows that the action head at hand can take (it must offer
 ``repeat_interleave(k, 0)`` like a tensor, and ``pooled()`` as a tensor for value heads). It is computed once for each
 turn, however many denoising steps follow. An encoder may bring networks of its own for action heads:
-``chunk_network(horizon, action_dim, time_width)`` in the place of :class:`ChunkNetwork`, and ``token_network``.
+``chunk_network(horizon, action_dim, time_width)`` in the place of :class:`ChunkNetwork`, and ``token_network``; and a
+``scale`` in the place of :class:`pipelines.robot.normalise.ActionScale`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ NETWORKS: dict[str, str] = {
     "mlp": "pipelines.robot.networks:StateEncoder",
     "scene": "pipelines.robot.vla:SceneEncoder",
     "vlm": "pipelines.robot.vla_vlm:VLMEncoder",
+    "lerobot": "pipelines.robot.vla_lerobot:LeRobotEncoder",
 }
 """Encoders by name; each is built as ``Encoder(spaces, **options)``."""
 
