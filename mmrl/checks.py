@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmrl.components import build_algorithm
 from mmrl.config import Config, StageConfig, TrainerOptions
 from mmrl.data import load_prompts
 from mmrl.errors import UserError, located
@@ -28,7 +29,11 @@ def check(config: Config) -> list[StageData]:
     for stage in config.stages:
         with located(config.source):
             check_optimizer(stage.trainer)
-            found.append(load_stage_data(stage))
+            rows = load_stage_data(stage)
+            algorithm = build_algorithm(stage.algorithm)
+            if hasattr(algorithm, "check_prompts"):
+                algorithm.check_prompts(rows.train)
+            found.append(rows)
     return found
 
 

@@ -292,6 +292,13 @@ def check_fit(pipeline: Component, stage: StageConfig, where: str) -> None:
                 stage.algorithm.options[key] = value
     if algorithm.needs_rewards and not stage.rewards:
         raise UserError(f"{where}: 'rewards' is empty, but algorithm '{stage.algorithm.type}' needs at least one")
+    if getattr(algorithm, "needs_comparison", False):
+        for reward in stage.rewards:
+            if reward.shared.get("weight") != 0 and not hasattr(reward.target, "compare"):
+                raise UserError(
+                    f"{where}: algorithm.pairs is 'compared', but reward '{reward.type}' cannot compare two samples: use "
+                    "one that can, such as judge_pair, or pairs: best_worst"
+                )
     if algorithm.needs_gradient_of_reward:
         for reward in stage.rewards:
             if reward.shared.get("weight") != 0 and not getattr(reward.target, "differentiable", False):

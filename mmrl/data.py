@@ -33,6 +33,8 @@ ALIASES = {
     "id": ("id",),
 }
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CLIPS = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".gif")
+OUTPUTS = ("chosen", "rejected", "completion")
 
 
 def load_prompts(
@@ -273,10 +275,14 @@ class _RowReader:
         )
 
     def _other(self, name: str, value: Any, place: str) -> Any:
-        """The better and the worse of a pair may be pictures."""
-        if name in ("chosen", "rejected") and isinstance(value, str) and value.lower().endswith(PICTURES):
-            return self._picture(value, place)
-        return value
+        """Outputs to learn from, such as the better and the worse of a pair, may be pictures, or clips of frames."""
+        if name not in OUTPUTS:
+            return value
+        if isinstance(value, (list, tuple)) and value and all(_ends(frame, PICTURES) for frame in value):
+            return [self._picture(frame, place) for frame in value]
+        if _ends(value, CLIPS):
+            return self._videos(value, place)[0]
+        return self._picture(value, place) if _ends(value, PICTURES) else value
 
     def _column(self, place: str, row: Mapping, field: str, names: Sequence[str]) -> str | None:
         if field in self.columns:
@@ -328,6 +334,10 @@ class _RowReader:
 
         with Image.open(self._picture(value, place)) as picture:
             return picture.copy()
+
+
+def _ends(value: Any, endings: tuple[str, ...]) -> bool:
+    return isinstance(value, str) and value.lower().endswith(endings)
 
 
 def _messages(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:

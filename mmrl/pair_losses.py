@@ -48,7 +48,7 @@ class PairScores:
     worse_length: Tensor
 
 
-def preference_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def preference_loss(margin: Tensor, beta: float, label_smoothing: float | Tensor = 0.0) -> Tensor:
     """DPO (arXiv 2305.18290): ``-log sigmoid(beta * margin)``, with conservative label smoothing e (cDPO), ``[N]``.
 
     The margin is ``(ref_w - l_w) - (ref_l - l_l)`` with l the ``fit`` loss of winner and loser and ref the same under
@@ -58,7 +58,9 @@ def preference_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
 
 
-def pair_loss(kind: PairLoss, pair: PairScores, beta: float, smoothing: float = 0.0, gamma: float = 0.5) -> Tensor:
+def pair_loss(
+    kind: PairLoss, pair: PairScores, beta: float, smoothing: float | Tensor = 0.0, gamma: float = 0.5
+) -> Tensor:
     """One loss of a pair ``[N]``.
 
     Args:
@@ -67,7 +69,7 @@ def pair_loss(kind: PairLoss, pair: PairScores, beta: float, smoothing: float = 
             ``nca_pair`` (2402.05369); ``exo_pair`` (2402.00856), ``smoothing`` > 0; ``sppo_hard`` (2405.00675);
             ``apo_zero``, ``apo_down`` (2408.06266); ``simpo`` (2405.14734) with target margin ``gamma`` on averages,
             without reference; ``orpo`` (2403.07691) without reference; ``sft`` the better output's mean NLL.
-        smoothing: chance that a label is wrong, of sigmoid, robust and exo_pair.
+        smoothing: chance that a label is wrong, of sigmoid, robust and exo_pair; one number, or one a pair.
     """
     better, worse = beta * pair.better_ratio, beta * pair.worse_ratio
     z = better - worse
@@ -87,7 +89,8 @@ def pair_loss(kind: PairLoss, pair: PairScores, beta: float, smoothing: float = 
     if kind == "nca_pair":
         return -F.logsigmoid(better) - (F.logsigmoid(-better) + F.logsigmoid(-worse)) / 2
     if kind == "exo_pair":
-        log_label, log_flip = torch.log1p(torch.tensor(-smoothing)), torch.tensor(smoothing).log()
+        flip = torch.as_tensor(smoothing)
+        log_label, log_flip = torch.log1p(-flip), flip.log()
         right = z.sigmoid() * (F.logsigmoid(z) - log_label)
         return right + (-z).sigmoid() * (F.logsigmoid(-z) - log_flip)
     if kind == "sppo_hard":
@@ -107,7 +110,11 @@ def pair_loss(kind: PairLoss, pair: PairScores, beta: float, smoothing: float = 
 
 
 def mixed_pair_loss(
-    weights: Mapping[str, float], pair: PairScores, beta: float, smoothing: float = 0.0, gamma: float = 0.5
+    weights: Mapping[str, float],
+    pair: PairScores,
+    beta: float,
+    smoothing: float | Tensor = 0.0,
+    gamma: float = 0.5,
 ) -> Tensor:
     """Weighted sum of pair losses; MPO (arXiv 2411.10442) is ``{sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}``."""
     return sum(weight * pair_loss(kind, pair, beta, smoothing, gamma) for kind, weight in weights.items())

@@ -19,6 +19,8 @@ VERB_HELP = {
     "entropy": "only tokens have one",
     "given": "only language models can be given answers",
     "chain": "only through the sampler of a diffusion or flow pipeline can a reward be differentiated",
+    "complete": "only the sampler of a diffusion or flow pipeline can complete its own states",
+    "branches": "samples share decisions where pipeline.branching is set",
     "denoise": "only models that denoise have a forward process: diffusion and flow pipelines, flow heads of robots",
 }
 """What to do about a verb that is missing."""
@@ -35,7 +37,9 @@ class Policy(Protocol):
             "values", when it has a value head, and rollouts and decisions carry ``value``;
             "given", when it can score completions that it did not sample (``given``, ``completions``);
             "denoise", when outputs can be noised again and denoised (``denoise``);
-            "chain", when gradient flows through its sampler (``chain``).
+            "chain", when gradient flows through its sampler (``chain``);
+            "complete", when the states before its decisions can be completed without noise (``complete``);
+            "branches", when the samples of a group share their first decisions, and rollouts have ``branch``.
         parameters: what trains.
         counters: work done so far (forwards, prompts encoded...), for tests and reports.
         batch_size: samples per network call; updates use the same, so that a replay sees the same batch shapes.
@@ -43,6 +47,8 @@ class Policy(Protocol):
         keep_mean: whether rollouts record the means of Gaussian decisions.
         fit_length: optional; about how long a prompt with its response is, so that supervised micro-batches hold
             rows of like length.
+        encoded: optional method; ``encoded(samples)`` is a rollout without decisions of outputs, or of the prompts'
+            targets, which a policy makes into something else before it can fit them. That is then done once.
         keep_entropy: whether ``decisions`` also gives entropies; only policies that offer them have it.
         max_decisions: longest output, where there is a limit; the default divisor of the "constant" aggregation.
         record: optional, of policies that act in an environment; the first so many episodes of each ``generate`` keep
@@ -136,6 +142,17 @@ class ChainPolicy(Policy, Protocol):
         Args:
             source: what the chain starts from, where that is not drawn: states ``[N, ...]`` at its begin, or clean
                 outputs (those of a rollout, or the prompts' targets), which are noised to the level of its begin.
+        """
+
+
+class CompletingPolicy(Policy, Protocol):
+    """A policy of the verb "complete"."""
+
+    def complete(self, rollout: Rollout, column: int, jump: bool = False) -> Samples:
+        """What the deterministic sampler makes of the states before decision ``column``, without gradient.
+
+        Args:
+            jump: go straight to its estimate of the clean output from there.
         """
 
 

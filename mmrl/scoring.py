@@ -231,6 +231,28 @@ class Scorer:
             seconds[name] = time.perf_counter() - start
         return self._combine(each, seconds, step)
 
+    def compare(self, a: Samples, b: Samples, step: int = 0) -> Tensor:
+        """Weighted mean ``[N]`` of the rewards' comparisons, row by row: 1 where a is better, 0 where b is.
+
+        A reward that can compare has ``compare(a, b)``.
+
+        Raises:
+            UserError: a reward of the sum cannot.
+            RewardError: not one number from 0 to 1 for each row.
+        """
+        total, weights = torch.zeros(len(a)), 0.0
+        for name, term in self.terms.items():
+            weight = at_step(term.weight, step)
+            if weight == 0:
+                continue
+            if not hasattr(term.reward, "compare"):
+                raise UserError(f"reward '{name}' cannot compare two samples; judge_pair can")
+            found = as_scores(name, term.reward.compare(a, b), a).cpu()
+            if ((found < 0) | (found > 1)).any():
+                raise RewardError(f"reward '{name}' gave {found.tolist()}, but a comparison is a number from 0 to 1")
+            total, weights = total + weight * found, weights + weight
+        return total / weights
+
     def turns(self, samples: Samples, step: int = 0) -> list[list[float]] | None:
         """What each turn of the model earned of its sample's total; None where no reward says so.
 

@@ -66,9 +66,11 @@ class DiffusionPolicy:
         shared_prefix: run the steps before the window once per prompt; needs ``same_noise``.
         gradient_checkpointing: recompute activations in the backward pass (the denoiser's blocks and the VAE); with
             ``step``, whole denoising steps, so that the gradient of many steps needs the memory of one.
-        vae_tiling: decode pictures in overlapping tiles.
+        vae_tiling: decode pictures in overlapping tiles, one at a time; clips also in overlapping chunks of frames, by
+            VAEs that do not go frame by frame anyway.
         keep_mean: keep the behaviour means in ``rollout.mean``.
         keep_states: ``window`` keeps the states that decisions need, ``all`` keeps every step's.
+        offload_states: keep them in the host's memory (pinned, where there is a GPU) until a decision needs them.
         eval_num_steps, eval_call: for ``generate``; the rest of ``call`` still applies.
         fit_call: call arguments for ``fit``; None switches guidance off.
         fit_time: distribution of noise levels in ``fit`` and ``denoise`` (:mod:`pipelines.noising`); ``auto`` is
@@ -97,6 +99,7 @@ class DiffusionPolicy:
         vae_tiling: bool = False,
         keep_mean: bool = False,
         keep_states: Literal["window", "all"] = "window",
+        offload_states: bool = False,
         eval_num_steps: Annotated[int, Field(ge=1)] | None = None,
         eval_call: dict[str, Any] | None = None,
         fit_call: dict[str, Any] | None = None,
@@ -113,6 +116,7 @@ class DiffusionPolicy:
         self.shared_prefix = shared_prefix
         self.keep_mean = keep_mean
         self.keep_states = keep_states
+        self.offload_states = offload_states
         self.fit_time = ("logit_normal" if self.seam.is_flow else "uniform") if fit_time == "auto" else fit_time
         call = dict(call or {})
         for key, kwargs in (("call", call), ("eval_call", eval_call or {}), ("fit_call", fit_call or {})):
@@ -278,7 +282,16 @@ class DiffusionPolicy:
         if isinstance(samples, Rollout):
             return samples.trace.states[:, -1].to(self.device)
         shapes = [self.seam.inspect(prompt, self.fitting).latent_shape for prompt in samples.prompts]
+        self.counters["targets_encoded"] += len(samples)
         return latents.encode(self.pipe, samples, shapes, self.batch_size)
+
+    def encoded(self, samples: Samples) -> Rollout:
+        """Pictures, or the prompts' targets, as a rollout without decisions, so that they are encoded this once."""
+        clean = self._clean(samples)[:, None]
+        count = len(samples)
+        none = torch.zeros(count, 0, device=self.device)
+        trace = Trace(clean, torch.full((count, 1), self.num_steps), none.long(), torch.zeros(count, dtype=torch.long))
+        return Rollout(samples, none, none.bool(), torch.arange(count), trace)
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Samples:
         """One picture per prompt by the sampler of evaluation; row k starts from the noise of ``seeds[k]``."""
@@ -418,8 +431,9 @@ class DiffusionPolicy:
             pictures = self.seam.run(chosen, self.train, plan, seeds, None if x is None else x[rows], grad, decode=True)
             count, positions = len(rows), sorted(plan.states)
             logp = torch.stack(plan.logp, 1) if plan.logp else torch.zeros(count, 0, device=self.device)
+            states = torch.stack([plan.states[p] for p in positions], 1)
             trace = Trace(
-                torch.stack([plan.states[p] for p in positions], 1),
+                latents.to_host(states) if self.offload_states else states,
                 torch.tensor(positions).expand(count, -1),
                 torch.tensor(list(stochastic), dtype=torch.long).expand(count, -1),
                 torch.tensor(seeds),
@@ -468,6 +482,10 @@ def enable_tiling(pipe: Any) -> None:
     if not hasattr(vae, "enable_tiling"):
         raise UserError(f"vae_tiling: the VAE of {type(pipe).__name__} has no tiles; set it to false")
     vae.enable_tiling()
+    if hasattr(vae, "enable_slicing"):
+        vae.enable_slicing()
+    if hasattr(vae, "use_framewise_decoding"):
+        vae.use_framewise_decoding = True
 
 
 def check_step(step: StepKind, noise_level: float, seam: Seam) -> StepKind:

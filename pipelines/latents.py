@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.data import CLIPS
 from mmrl.errors import UserError
-from mmrl.types import Samples
+from mmrl.media import open_clip
+from mmrl.types import Prompt, Samples
 
 
 def normalise(vae: Any, z: Tensor) -> Tensor:
@@ -77,9 +79,7 @@ def encode(pipe: Any, samples: Samples, shapes: Sequence[torch.Size], batch_size
         raise UserError(f"pipeline {type(pipe).__name__} has no VAE to encode pictures with")
     media = samples.images if samples.images is not None else samples.videos
     if media is None:
-        media = torch.stack(
-            [picture(prompt.target, f"target of '{prompt.id or prompt.text}'") for prompt in samples.prompts]
-        )
+        media = torch.stack([target(prompt) for prompt in samples.prompts])
     weight = next(vae.parameters())
     latents = []
     for begin in range(0, len(media), batch_size):
@@ -99,6 +99,22 @@ def encode(pipe: Any, samples: Samples, shapes: Sequence[torch.Size], batch_size
     return torch.cat(latents)
 
 
+def target(prompt: Prompt) -> Tensor:
+    """A prompt's ``target``, a picture ``[3, H, W]`` or a clip ``[F, 3, H, W]``, in [0, 1].
+
+    Raises:
+        UserError: it is neither, or a file that cannot be read without a video decoder.
+    """
+    value, name = prompt.target, f"target of '{prompt.id or prompt.text}'"
+    if isinstance(value, str) and value.lower().endswith(CLIPS):
+        value = open_clip(value)
+        if isinstance(value, str):
+            raise UserError(f"{name}: '{value}' is no animated picture; give its frames as pictures, or a GIF")
+    if isinstance(value, (list, tuple)):
+        return torch.stack([picture(frame, name) for frame in value])
+    return picture(value, name)
+
+
 def picture(value: Any, name: str) -> Tensor:
     """A picture given as tensor ``[3, H, W]`` in [0, 1], PIL image or path, as such a tensor."""
     if isinstance(value, Tensor):
@@ -116,6 +132,14 @@ def picture(value: Any, name: str) -> Tensor:
     from torchvision.transforms.functional import to_tensor
 
     return to_tensor(value.convert("RGB"))
+
+
+def to_host(states: Tensor) -> Tensor:
+    """``states`` in the host's memory, pinned where they come from a GPU, so that they are back in no time."""
+    if states.device.type == "cpu":
+        return states
+    kept = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+    return kept.copy_(states)
 
 
 def _takes_frames(vae: Any) -> bool:

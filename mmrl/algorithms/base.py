@@ -56,7 +56,8 @@ class Algorithm(Protocol):
     An algorithm that carries anything from step to step, such as a replay buffer or an adapted coefficient, also has
     ``state() -> dict`` of what JSON can hold and ``load_state(dict)``; checkpoints keep it. Every process must hold the
     same state. One whose unset options depend on the policy has ``defaults_for(verbs) -> dict``, which config checks
-    use to show and to keep what they stand for.
+    use to show and to keep what they stand for. One with ``check_prompts(prompts)`` looks at a stage's rows before a
+    model is loaded and raises ``UserError`` for one it cannot use; one with ``needs_comparison`` set compares samples.
 
     Attributes:
         verbs: what the policy must offer.

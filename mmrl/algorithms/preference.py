@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,29 +11,14 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrl import distributed
-from mmrl.advantages import constant_groups
 from mmrl.algorithms.base import Context, Update
-from mmrl.algorithms.collecting import numbers_of, roll_out, row_chunks, score
+from mmrl.algorithms.collecting import roll_out, row_chunks
+from mmrl.algorithms.pairs import Pairing, Pairs, check_given_pairs, given_pairs, pairs_of_groups
 from mmrl.errors import UserError
 from mmrl.pair_losses import NEED_LOGP, REFERENCE_FREE, PairLoss, PairScores, mixed_pair_loss
 from mmrl.policy import Policy
 from mmrl.seeding import derive_seed
 from mmrl.types import Prompt, Rollout, Samples
-
-
-@dataclass
-class Pairs:
-    """Aligned winners and losers; ``names`` are numbers of the pairs that no other process uses."""
-
-    winners: Rollout | Samples
-    losers: Rollout | Samples
-    names: list[int]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, rows: slice) -> Pairs:
-        return Pairs(self.winners[rows], self.losers[rows], self.names[rows])
 
 
 @dataclass
@@ -53,15 +38,18 @@ class PreferenceOptimisation:
 
     Args:
         source: ``online`` rolls out a group and pairs its best with its worst; ``offline`` takes the columns ``chosen``
-            and ``rejected`` of the data, texts for a language model and pictures for a diffusion model.
+            and ``rejected`` of the data, texts for a language model, pictures or clips for a diffusion model.
         loss: see :func:`mmrl.pair_losses.pair_loss`; or several with their weights, such as MPO's
             ``{sigmoid: 0.8, bco_pair: 0.2, sft: 1.0}``.
         group_size: samples per prompt, online.
         beta: strength of the preference. When not given 0.1 for tokens and 100 for denoisers, where it is half of
             Diffusion-DPO's (published 2000 to 5000 there means 1000 to 2500).
         label_smoothing: chance that a label is wrong: of sigmoid (cDPO), robust and exo_pair.
+        soft_labels: online, of sigmoid: a temperature; that chance is then ``sigmoid(-margin / soft_labels)`` with the
+            pair's lead in score, or in log-odds where pairs are compared.
         target_margin: SimPO's.
-        pairs: ``best_worst`` one pair a group; ``ranked`` best with worst, second with second worst and so on.
+        pairs: ``best_worst`` one pair a group; ``ranked`` best with worst, second with second worst and so on;
+            ``compared`` first member with second, third with fourth..., as a reward that compares (a judge) decides.
         noise_draws: noise and timestep draws per pair; each is a term of its own.
         refresh_reference: every so many steps the reference becomes the current policy; never when not given.
         epochs: passes over the pairs of a rollout.
@@ -76,8 +64,9 @@ class PreferenceOptimisation:
         group_size: Annotated[int, Field(ge=2)] = 8,
         beta: Annotated[float, Field(gt=0)] | None = None,
         label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0,
+        soft_labels: Annotated[float, Field(gt=0)] | None = None,
         target_margin: Annotated[float, Field(ge=0)] = 0.5,
-        pairs: Literal["best_worst", "ranked"] = "best_worst",
+        pairs: Pairing = "best_worst",
         noise_draws: Annotated[int, Field(ge=1)] = 1,
         refresh_reference: Annotated[int, Field(ge=1)] | None = None,
         epochs: Annotated[int, Field(ge=1)] = 1,
@@ -88,10 +77,13 @@ class PreferenceOptimisation:
         if "exo_pair" in self.losses and label_smoothing == 0:
             raise UserError("algorithm.loss exo_pair needs algorithm.label_smoothing above 0, for instance 0.001")
         self.online = source == "online"
+        if soft_labels is not None and (not self.online or label_smoothing or "sigmoid" not in self.losses):
+            raise UserError("algorithm.soft_labels needs source online, loss sigmoid and no label_smoothing")
         # Offline a prompt brings its two answers.
         self.group_size = group_size if self.online else 2
         self.beta = beta
         self.label_smoothing = label_smoothing
+        self.soft_labels = soft_labels
         self.target_margin = target_margin
         self.pairs = pairs
         self.noise_draws = noise_draws
@@ -99,6 +91,7 @@ class PreferenceOptimisation:
         self.epochs = epochs
         self.verbs = frozenset({"rollout", "fit"} if self.online else {"fit"})
         self.needs_rewards = self.online
+        self.needs_comparison = self.online and pairs == "compared"
         self.needs_reference = not self.losses.keys() <= REFERENCE_FREE
 
     def defaults_for(self, verbs: frozenset[str]) -> dict[str, Any]:
@@ -115,18 +108,17 @@ class PreferenceOptimisation:
             )
         return {"beta": 100.0 if "means" in verbs else 0.1}
 
+    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """Look at given pairs before training; see :func:`mmrl.algorithms.pairs.check_given_pairs`."""
+        if not self.online:
+            check_given_pairs(prompts)
+
     def collect(self, context: Context, prompts: Sequence[Prompt], step: int) -> Pairs:
         if self.refresh_reference and step > 0 and step % self.refresh_reference == 0:
             context.policy.parameters.take_snapshot("reference")
         if not self.online:
             return given_pairs(context.policy, prompts)
-        rollout = roll_out(context, prompts, self.group_size, step)
-        scores = score(context, rollout, step).total.cpu()
-        per_group = 1 if self.pairs == "best_worst" else self.group_size // 2
-        winners, losers = pair_up(scores, rollout.group.cpu(), per_group)
-        context.tally.mean("pairs/margin", scores[winners] - scores[losers])
-        names = (winners + distributed.rank() * len(rollout)).tolist()
-        return Pairs(rollout[winners], rollout[losers], names)
+        return pairs_of_groups(context, roll_out(context, prompts, self.group_size, step), step, self.pairs)
 
     def updates(self, context: Context, experience: Pairs, step: int) -> Iterator[Update]:
         size = int(distributed.total(len(experience)))
@@ -142,8 +134,7 @@ class PreferenceOptimisation:
                 yield MicroBatch(part, seeds, size)
 
     def loss(self, context: Context, micro_batch: MicroBatch) -> Tensor:
-        policy, winners, losers = context.policy, micro_batch.pairs.winners, micro_batch.pairs.losers
-        both = type(winners).cat([winners, losers])
+        policy, both = context.policy, micro_batch.pairs.both
         seeds = micro_batch.seeds * 2
         fit = policy.fit(both, seeds)
         reference = fit.detach()
@@ -154,7 +145,10 @@ class PreferenceOptimisation:
         better, worse = (-fit).chunk(2)
         pair = PairScores(better, worse, won, lost, *self._lengths(policy, both, fit).chunk(2))
         beta = self.beta or self.defaults_for(policy.verbs)["beta"]
-        per_pair = mixed_pair_loss(self.losses, pair, beta, self.label_smoothing, self.target_margin)
+        smoothing = self.label_smoothing
+        if self.soft_labels is not None:
+            smoothing = (-micro_batch.pairs.margin / self.soft_labels).sigmoid().to(fit)
+        per_pair = mixed_pair_loss(self.losses, pair, beta, smoothing, self.target_margin)
         context.tally.mean("loss", per_pair)
         margin = won - lost if self.needs_reference else better - worse
         context.tally.mean("pairs/accuracy", (margin > 0).float())
@@ -167,49 +161,3 @@ class PreferenceOptimisation:
         if getattr(policy, "fit_reduction", "sum") == "mean" or not isinstance(both, Rollout):
             return torch.ones_like(fit)
         return both.mask.sum(1).to(fit)
-
-
-def given_pairs(policy: Policy, prompts: Sequence[Prompt]) -> Pairs:
-    """The pairs that the data bring along as ``chosen`` and ``rejected``."""
-    chosen, rejected = ([_answer(prompt, column) for prompt in prompts] for column in ("chosen", "rejected"))
-    names = list(numbers_of(slice(0, len(prompts)), len(prompts)))
-    if "given" in policy.verbs:
-        both = policy.given([*prompts, *prompts], [*chosen, *rejected], score=False)
-        return Pairs(both[: len(prompts)], both[len(prompts) :], names)
-    winners, losers = (
-        Samples([replace(prompt, target=target) for prompt, target in zip(prompts, targets, strict=True)])
-        for targets in (chosen, rejected)
-    )
-    return Pairs(winners, losers, names)
-
-
-def _answer(prompt: Prompt, column: str) -> Any:
-    """What a row has in ``chosen`` or ``rejected``; of a conversation the text of its last message."""
-    value = prompt.metadata.get(column)
-    if isinstance(value, (list, tuple)) and value and isinstance(value[-1], dict):
-        content = value[-1].get("content")
-        if isinstance(content, (list, tuple)):
-            content = "".join(part.get("text") or "" for part in content)
-        value = content
-    if value is None or value == "":
-        raise UserError(f"row '{prompt.id}': column '{column}' is missing or empty, but source offline needs it")
-    return value
-
-
-def pair_up(scores: Tensor, group: Tensor, per_group: int) -> tuple[Tensor, Tensor]:
-    """Row indices of winners and losers: the k-th best with the k-th worst of each group, for k up to ``per_group``.
-
-    Samples without a score take no part, nor do pairs whose scores are equal.
-    """
-    equal = constant_groups(scores, group)
-    winners: list[int] = []
-    losers: list[int] = []
-    for name in group.unique().tolist():
-        rows = ((group == name) & ~scores.isnan() & ~equal).nonzero().flatten()
-        ranked = rows[scores[rows].argsort(descending=True, stable=True)].tolist()
-        for k in range(min(per_group, len(ranked) // 2)):
-            best, worst = ranked[k], ranked[-1 - k]
-            if scores[best] > scores[worst]:
-                winners.append(best)
-                losers.append(worst)
-    return torch.tensor(winners, dtype=torch.long), torch.tensor(losers, dtype=torch.long)
