@@ -105,7 +105,7 @@ class RobotPolicy:
         # Nothing may be drawn or averaged over the batch when a rollout is scored again.
         self.modules.eval()
         self.statistics = Statistics(spaces.state_dim)
-        self.scale = ActionScale(self.envs.action_low, self.envs.action_high)
+        self.scale = getattr(encoder, "scale", None) or ActionScale(self.envs.action_low, self.envs.action_high)
         self.normalise = normalise
         if clone is not None:
             clone.put_into(self.modules, self.statistics.buffers)
@@ -319,7 +319,7 @@ class RobotPolicy:
 
         def table(values: Tensor, fill: float) -> Tensor:
             wide = spread_out(values[:n], row, number, len(trace), len(wanted), fill)
-            return wide if len(columns) == wide.shape[1] else wide[:, order]
+            return wide if order == list(range(wide.shape[1])) else wide[:, order]
 
         order = [wanted.index(column // t) * len(within) + within.index(column % t) for column in columns]
         # A divergence divides by std: where there is no decision it must not be 0.
