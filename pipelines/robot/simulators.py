@@ -93,7 +93,7 @@ class MetaWorld(gymnasium.Wrapper):
     Args:
         name: e.g. "push-v3".
         side: of pictures, in pixels.
-        camera_name: one of "corner", "corner2", "corner3", "topview", "behindGripper", "gripperPOV".
+        camera_name: "corner", "corner2", "corner3", "corner4", "topview", "behindGripper" or "gripperPOV".
         reward_function_version: of Meta-World's dense reward, "v1" or "v2".
     """
 
@@ -119,6 +119,7 @@ class MetaWorld(gymnasium.Wrapper):
         super().__init__(env)
         self.max_steps = env.max_path_length
         self.instruction = name.rsplit("-v", 1)[0].replace("-", " ")
+        self._upside_down = camera_name.startswith("corner")
         self._policy = ENV_POLICY_MAP[name]()
         self._seen = np.zeros(0)
 
@@ -133,6 +134,11 @@ class MetaWorld(gymnasium.Wrapper):
         """One action: movement of the hand in x, y and z, and the fingers' effort, each in [-1, 1]."""
         self._seen, *outcome = self.env.step(action)
         return self._seen, *outcome
+
+    def render(self) -> np.ndarray:
+        """A picture ``[h, w, 3]``; the corner cameras of Meta-World's scene hang upside down."""
+        picture = self.env.render()
+        return picture[::-1, ::-1] if self._upside_down else picture
 
     def expert(self) -> np.ndarray:
         """What Meta-World's scripted policy would do next."""
