@@ -1,7 +1,7 @@
 """Flow policies of LeRobot (pi0, pi0.5, SmolVLA) as networks of a robot policy. Untested: see docs/robots.md.
 
 LeRobot's releases want other versions of torch than mmrl does, so it is no dependency, and this could not be run beside
-it. The seam is what its flow policies share: ``predict_action_chunk`` reads the observation into a prefix and then calls
+it. The seam is what its flow policies share: ``predict_action_chunk`` reads the observation into a prefix, then calls
 ``model.denoise_step`` for every step with the prefix, a noisy chunk and a time, 1 being noise.
 """
 
