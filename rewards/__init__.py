@@ -72,6 +72,10 @@ REWARDS: dict[str, tuple[str, str]] = {
         "rewards.answers:PartialCredit",
         "credit for parts of a list's items, penalties for guesses and gaps (STAR-R1)",
     ),
+    "penalised": (
+        "rewards.robot_shaping:Penalised",
+        "a reward of episodes times factors in [0, 1], turn by turn (CaRL)",
+    ),
     "permutation": ("rewards.answers:Permutation", "how much of an order is right (Visual Jigsaw)"),
     "pickscore": ("rewards.clip:PickScore", "PickScore, a CLIP model of human preference"),
     "pixels": ("rewards.pixels:Pixels", "brightness, colour, saturation, contrast or sharpness"),
@@ -86,6 +90,7 @@ REWARDS: dict[str, tuple[str, str]] = {
     "rouge": ("rewards.text_overlap:Rouge", "ROUGE of the answer, by rouge-score"),
     "salient_boxes": ("rewards.geometry_boxes:SalientBoxes", "overlap with boxes of which some matter more (GRiP)"),
     "shapes": ("rewards.shapes:Shapes", "exact check of colour, shape, count and position in pictures of plain shapes"),
+    "shaping": ("rewards.robot_shaping:Shaping", "potential-based shaping, which leaves the best policies the best"),
     "success": ("rewards.robot:Success", "whether the environment said that its task is done"),
     "temporal_consistency": (
         "rewards.video:TemporalConsistency",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mmrl.errors import UserError
+from mmrl.scoring import reward_name
 from mmrl.types import Episode, Samples
 
 
@@ -14,6 +17,13 @@ def episodes_of(samples: Samples, name: str) -> list[Episode]:
     if samples.episodes is None:
         raise UserError(f"reward '{name}' scores episodes of an environment, but the samples have none")
     return samples.episodes
+
+
+def per_turn(reward: Callable, scores: Tensor, samples: Samples) -> list[list[float]]:
+    """What each turn earned of ``scores``; what a reward does not credit to turns belongs to the last."""
+    episodes = episodes_of(samples, reward_name(reward))
+    parts = reward.turns(samples) if hasattr(reward, "turns") else [[0.0] * episode.turns for episode in episodes]
+    return [[*some[:-1], score - sum(some[:-1])] for some, score in zip(parts, scores.tolist(), strict=True)]
 
 
 class Success:
