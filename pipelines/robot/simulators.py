@@ -65,10 +65,10 @@ def _gymnasium(name: str, image: int | None, max_steps: int | None, options: Map
     sides = {"width": image or SIDE, "height": image or SIDE}
     try:
         try:
-            return gymnasium.make(name, render_mode="rgb_array", **limit, **sides, **options)
+            return gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True, **limit, **sides, **options)
         except TypeError:
             # Not every environment can be told how large its pictures should be.
-            return gymnasium.make(name, render_mode="rgb_array", **limit, **options)
+            return gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True, **limit, **options)
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
         raise UserError(f"env '{name}' needs a package that is missing ({error}): {_EXTRA}") from error
     except gymnasium.error.Error as error:
