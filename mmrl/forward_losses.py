@@ -107,12 +107,10 @@ def centred_reward_loss(
             ``softmax(-q / temperature)`` in place of equal weights.
     """
     residual = beta * log_ratio - optimal
-    if temperature is None:
-        centred = [residual - group_mean(residual, group)]
-    else:
-        weights = [(sign * optimal / temperature).exp() for sign in (1, -1)]
-        centred = [residual - group_mean(w * residual, group) / group_mean(w, group) for w in weights]
-    return sum(c.square() for c in centred) / len(centred) * clip / beta
+    same = (group[:, None] == group[None]).to(optimal.device)
+    tilts = [0.0] if temperature is None else [1 / temperature, -1 / temperature]
+    shares = [torch.where(same, tilt * optimal, -torch.inf).softmax(1) for tilt in tilts]
+    return sum((residual - share @ residual).square() for share in shares) / len(shares) * clip / beta
 
 
 def reward_difference_errors(log_ratio: Tensor, clipped: Tensor, target: Tensor, group: Tensor) -> Tensor:

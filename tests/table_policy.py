@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,14 +252,16 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
-def resumes_bit_exactly(folder: Path, algorithm: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def resumes_bit_exactly(
+    folder: Path, algorithm: dict[str, Any], config: Callable = table_config, **changes: Any
+) -> dict[str, Any]:
     """Train twice, the second time as if killed after the first checkpoint; returns the algorithm's state in it."""
     from safetensors.torch import load_file
 
     from mmrl import checkpoints, run
 
     for name in ("straight", "stopped"):
-        train(table_config(folder / name, algorithm, **changes))
+        train(config(folder / name, algorithm, **changes))
     first, *later = checkpoints.checkpoints(folder / "stopped")
     for path in later:
         shutil.rmtree(path)

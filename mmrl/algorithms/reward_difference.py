@@ -102,7 +102,8 @@ class RewardDifference:
             ratio, clipped = (torch.where(mask, x - rows.reference, 0.0).sum(1) for x in (now, near))
             errors = reward_difference_errors(ratio, clipped, rows.scores / self.beta, rows.rollout.group.cpu())
             pairs = max(distributed.total(len(errors)), 1)
-            (slope,) = torch.autograd.grad(errors.sum() / pairs, now)
+            # The factor makes the first update's gradient that of REINFORCE with the mean of the others as baseline.
+            (slope,) = torch.autograd.grad(self.beta / 4 * errors.sum() / pairs, now)
         context.tally.mean("loss", errors)
         context.tally.mean("ratio/log", ratio)
         return slope
