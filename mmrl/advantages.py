@@ -182,6 +182,19 @@ def soft_advantages(advantage: Tensor, positive: float, negative: float) -> Tens
     return up + down
 
 
+def extremes(scores: Tensor, group: Tensor, count: int) -> Tensor:
+    """Bool ``[N]``: among the ``count`` best or ``count`` worst of its group; earlier samples come first among equals.
+
+    Samples with NaN, to which no reward applies, are not.
+    """
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    for name in group.unique().tolist():
+        rows = ((group == name) & ~scores.isnan()).nonzero().flatten()
+        order = rows[scores[rows].argsort(stable=True, descending=True)]
+        kept[order[:count]] = kept[order[-count:]] = True
+    return kept
+
+
 def constant_groups(scores: Tensor, group: Tensor, tolerance: float = 1e-6) -> Tensor:
     """Bool ``[N]``: the sample's group has no spread, so it carries no signal.
 

@@ -18,6 +18,7 @@ VERB_HELP = {
     "values": "a value head gives them: pipeline.value_head: true",
     "entropy": "only tokens have one",
     "given": "only language models can be given answers",
+    "candidates": "only the steps of a diffusion or flow pipeline can be taken anew",
     "chain": "only through the sampler of a diffusion or flow pipeline can a reward be differentiated",
     "complete": "only the sampler of a diffusion or flow pipeline can complete its own states",
     "branches": "samples share decisions where pipeline.branching is set",
@@ -37,6 +38,7 @@ class Policy(Protocol):
             "values", when it has a value head, and rollouts and decisions carry ``value``;
             "given", when it can score completions that it did not sample (``given``, ``completions``);
             "denoise", when outputs can be noised again and denoised (``denoise``);
+            "candidates", when single decisions can be taken anew (``candidates``);
             "chain", when gradient flows through its sampler (``chain``);
             "complete", when the states before its decisions can be completed without noise (``complete``);
             "branches", when the samples of a group share their first decisions, and rollouts have ``branch``.
@@ -153,6 +155,17 @@ class CompletingPolicy(Policy, Protocol):
 
         Args:
             jump: go straight to its estimate of the clean output from there.
+        """
+
+
+class CandidatesPolicy(Policy, Protocol):
+    """A policy of the verb "candidates"."""
+
+    def candidates(self, rollout: Rollout, column: int, copies: int, seed: int) -> Rollout:
+        """The decision of a column taken ``copies`` times anew, each time from the state where it was taken.
+
+        The rollout that comes back has that one decision; its samples show what the policy expects right after it.
+        Rows that share a state are adjacent and form a group.
         """
 
 

@@ -195,6 +195,10 @@ class Rollout(Rows):
             advantages are then those of turns, and the decisions of a turn share them.
         final_value: ``[N]`` predicted return after the last decision, 0 where the output came to its natural end; from
             a policy with a value head whose outputs a time limit may cut.
+        std: ``[N, T]`` standard deviation of one element of each decision, from policies with Gaussian decisions that
+            record it.
+        branch: long ``[N, T]``, from rollouts whose samples share their first decisions: rows with the same number in a
+            column made that decision together. Numbers say nothing else.
     """
 
     samples: Samples
@@ -206,8 +210,10 @@ class Rollout(Rows):
     value: Tensor | None = None
     turn: Tensor | None = None
     final_value: Tensor | None = None
+    std: Tensor | None = None
+    branch: Tensor | None = None
 
-    ragged: ClassVar[Mapping[str, int]] = {"logp": 1, "mask": 1, "mean": 1, "value": 1, "turn": 1}
+    ragged: ClassVar[Mapping[str, int]] = dict.fromkeys(("logp", "mask", "mean", "value", "turn", "std", "branch"), 1)
 
     def __len__(self) -> int:
         return len(self.samples)

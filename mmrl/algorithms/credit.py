@@ -14,20 +14,27 @@ from mmrl.advantages import (
     AdvantageMethod,
     decoupled_advantages,
     discounted_returns,
+    extremes,
     generalized_advantages,
     group_advantages,
     last_decision_rewards,
     soft_advantages,
     whiten,
 )
+from mmrl.algorithms.denoising_credit import branch_advantages, column_advantages, reward_gains
 from mmrl.algorithms.turns import Turns, turn_rewards
+from mmrl.errors import UserError
 from mmrl.scoring import Scores
 from mmrl.types import Rollout
 
-CreditMethod = Literal[AdvantageMethod, "gdpo", "decoupled", "remax", "returns", "gae"]
+CreditMethod = Literal[AdvantageMethod, "gdpo", "decoupled", "remax", "returns", "gae", "gain", "tree"]
 # These compare the samples of a group, so a group of one has nothing to learn from.
-GROUP_BASELINES = frozenset({"group", "mean", "batch", "rloo", "gdpo", "decoupled", "opo", "gpg", "pass_at_k"})
+GROUP_BASELINES = frozenset(
+    {"group", "mean", "batch", "rloo", "gdpo", "decoupled", "opo", "gpg", "pass_at_k", "gain", "tree"}
+)
 PER_DECISION = frozenset({"returns", "gae"})
+# These compare decisions with the same one of other samples.
+PER_COLUMN = frozenset({"gain", "tree"})
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Credit:
     lam: float
     soft: tuple[float, float]
     scale: tuple[float, float]
+    extremes: int | None = None
 
     def __call__(
         self,
@@ -50,6 +58,7 @@ class Credit:
         penalty: Tensor | None = None,
         baseline: Tensor | None = None,
         turns: Sequence[Sequence[float]] | None = None,
+        before: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Advantages ``[N, T]`` on the CPU, 0 where masked, and the returns that a value head should predict.
 
@@ -60,6 +69,7 @@ class Credit:
             baseline: ``[N]`` for ``remax``.
             turns: what each turn of a dialogue earned of its sample's total, for rewards per decision; the rest belongs
                 to the last decision, like the whole total where this is None.
+            before: ``[N, T]`` scores in prospect before each decision, for ``gain``.
         """
         mask = mask.cpu()
         returns = None
@@ -70,11 +80,16 @@ class Credit:
             if penalty is not None:
                 rewards = rewards - penalty.cpu() * mask
             advantage, returns = self._per_decision(rewards, rollout, mask)
+        elif self.method in PER_COLUMN:
+            advantage = self._per_column(scores.total.detach().cpu().float(), rollout, mask, before)
         else:
             per_sample = self._per_sample(scores, rollout, mask, penalty, baseline)
             if self.soft != (0.0, 0.0):
                 per_sample = soft_advantages(per_sample, *self.soft)
             advantage = per_sample.cpu()[:, None] * mask
+        if self.extremes is not None:
+            kept = extremes(scores.total.detach().cpu(), rollout.group.cpu(), self.extremes)
+            advantage = advantage * kept[:, None]
         if self.scale != (1.0, 1.0):
             advantage = torch.where(advantage > 0, self.scale[0], self.scale[1]) * advantage
         if self.whiten:
@@ -97,6 +112,17 @@ class Credit:
         else:
             found = discounted_returns(rewards, where, self.gamma, final), None
         return found if turns is None else tuple(None if x is None else turns.spread(x) for x in found)
+
+    def _per_column(self, total: Tensor, rollout: Rollout, mask: Tensor, before: Tensor | None) -> Tensor:
+        """Advantages ``[N, T]`` of decisions over the same one of the other samples of the group."""
+        group = rollout.group.cpu()
+        if self.method == "gain":
+            return column_advantages(discounted_returns(reward_gains(before, total), mask, self.gamma), group, mask)
+        if rollout.branch is None:
+            raise UserError(
+                "advantage 'tree' needs samples that share decisions, as with pipeline.branching"
+            )
+        return branch_advantages(total, group, rollout.branch.cpu(), mask)
 
     def _per_sample(
         self, scores: Scores, rollout: Rollout, mask: Tensor, penalty: Tensor | None, baseline: Tensor | None

@@ -19,7 +19,8 @@ from mmrl import distributed, losses
 from mmrl.advantages import group_sums
 from mmrl.algorithms.base import Context, Update
 from mmrl.algorithms.collecting import roll_out, row_chunks, score, score_greedy, split_groups
-from mmrl.algorithms.credit import GROUP_BASELINES, PER_DECISION, Credit, CreditMethod
+from mmrl.algorithms.credit import GROUP_BASELINES, PER_COLUMN, PER_DECISION, Credit, CreditMethod
+from mmrl.algorithms.denoising_credit import Completion, noise_weights, prospects
 from mmrl.algorithms.experience import Batch, Experience, ReferenceScores, reference_logp, replay
 from mmrl.algorithms.hooks.consistency import Consistency
 from mmrl.algorithms.hooks.dynamic_sampling import DynamicSampling
@@ -53,6 +54,8 @@ class PolicyGradient:
         clip_schedule: tighter clip bounds for the first decisions of a turn (DPPO); a picture is one turn.
         decision_discount: the policy term of a decision is multiplied by this for every decision of its turn that is
             still to come (DPPO's denoising discount).
+        step_weight: ``noise`` multiplies the policy term of a denoising step by its noise over the mean noise of all
+            steps (TempFlow-GRPO).
         ratio_bounds: clamp of CISPO's weight, on the ratio itself.
         sapo_temperatures: of positive and of other advantages.
         regression_scale: of the log-ratio in Reg-GRPO.
@@ -66,7 +69,14 @@ class PolicyGradient:
             the number of samples that the loss is divided by (over-turn masking, Mini-o3, arXiv 2509.07969).
         advantage: see ``mmrl.advantages``; ``gdpo`` normalises each reward within its group, then the sum over the
             batch; ``decoupled`` leaves out the second, as MixGRPO does; ``remax`` R minus the reward of the greedy
-            output; ``returns`` the discounted reward to come, per decision; ``gae`` with a value head.
+            output; ``returns`` the discounted reward to come, per decision; ``gae`` with a value head; ``gain`` by how
+            much a denoising step, and by ``gamma`` those after it, raised the score of what the sampler makes of its
+            state without noise (DenseGRPO); ``tree`` the mean score of all samples that share a decision (BranchGRPO).
+            The last two compare each decision with the same one of the others of its group.
+        completion: of ``gain``: the rest of the deterministic sampler (``ode``), or one ``jump`` to its estimate of the
+            clean output, which is cheaper and worse.
+        extremes: learn from so many of the best and so many of the worst of each group alone (DanceGRPO's best-of-N,
+            B2-DiffuRL's comparison of branches).
         advantage_clip: bound on the size of an advantage; null for none.
         soft_advantage: bend of advantages above and below 0 (TempSamp-R1); 0 is straight.
         advantage_scale: factor of advantages above and below 0; less than 1 for the first one asks for exploration
@@ -112,6 +122,7 @@ class PolicyGradient:
         dual_clip: Annotated[float, Field(gt=1)] | None = None,
         clip_schedule: ClipSchedule | None = None,
         decision_discount: Annotated[float, Field(gt=0, le=1)] = 1.0,
+        step_weight: Literal["none", "noise"] = "none",
         ratio_bounds: tuple[float, float] = (0.0, 5.0),
         sapo_temperatures: tuple[float, float] = (1.0, 1.05),
         regression_scale: Annotated[float, Field(gt=0)] = 1.0,
@@ -121,6 +132,8 @@ class PolicyGradient:
         max_decisions: Annotated[int, Field(ge=1)] | None = None,
         mask_truncated: bool | Literal["exclude"] = False,
         advantage: CreditMethod = "group",
+        completion: Completion = "ode",
+        extremes: Annotated[int, Field(ge=1)] | None = None,
         advantage_clip: Annotated[float, Field(gt=0)] | None = 5.0,
         soft_advantage: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.0, 0.0),
         advantage_scale: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (1.0, 1.0),
@@ -153,14 +166,12 @@ class PolicyGradient:
                 f"algorithm.group_size is 1, but advantage '{advantage}' compares the samples of a group: "
                 "use 2 or more, or advantage 'global'"
             )
-        if kl_in == "reward" and advantage in ("gdpo", "decoupled"):
+        if kl_in == "reward" and advantage in ("gdpo", "decoupled", *PER_COLUMN):
             raise UserError(f"algorithm.kl_in is reward, but advantage '{advantage}' has no single reward: use loss")
-        if replay is not None and (advantage in PER_DECISION or whiten):
+        if replay is not None and (advantage in PER_DECISION | PER_COLUMN or whiten):
             raise UserError(f"algorithm.replay keeps one advantage a sample, which '{advantage}' here has not")
         if replay is not None and (clip_schedule is not None or decision_discount < 1):
-            raise UserError(
-                "algorithm.replay keeps tokens, which have no clip_schedule or decision_discount"
-            )
+            raise UserError("algorithm.replay keeps tokens, which have no clip_schedule or decision_discount")
         self.group_size = group_size
         self.objective = Objective(
             objective,
@@ -174,11 +185,13 @@ class PolicyGradient:
         )
         self.clip_schedule = clip_schedule
         self.decision_discount = decision_discount
+        self.step_weight = step_weight
         self.aggregation = aggregation
         self.block_rows = block_rows or group_size
         self.max_decisions = max_decisions
         self.mask_truncated = mask_truncated
-        self.credit = Credit(advantage, advantage_clip, whiten, gamma, lam, soft_advantage, advantage_scale)
+        self.credit = Credit(advantage, advantage_clip, whiten, gamma, lam, soft_advantage, advantage_scale, extremes)
+        self.completion = completion
         self.kl_coef = kl_coef
         self.kl = kl
         self.kl_in_loss = kl_coef > 0 and kl_in == "loss"
@@ -211,6 +224,8 @@ class PolicyGradient:
             "entropy": self.needs_entropy,
             "values": self.value is not None,
             "generate": advantage == "remax",
+            "complete": advantage == "gain",
+            "branches": advantage == "tree",
             "given": any(getattr(hook, "verbs", None) for hook in self.hooks) or replay is not None,
         }
         self.verbs = frozenset({"rollout", "decisions", *(verb for verb, needs in needed.items() if needs)})
@@ -284,7 +299,9 @@ class PolicyGradient:
             context.tally.mean("kl/reward", (rollout.logp.cpu() - reference)[rollout.mask.cpu()])
         baseline = score_greedy(context, rollout, step) if self.credit.method == "remax" else None
         turns = context.scorer.turns(rollout.samples, step) if self.credit.method in PER_DECISION else None
-        advantage, returns = self.credit(scores, rollout, mask, penalty, baseline, turns)
+        gained = self.credit.method == "gain"
+        before = prospects(context, rollout, scores.total, self.completion, step) if gained else None
+        advantage, returns = self.credit(scores, rollout, mask, penalty, baseline, turns, before)
         groups = int(rollout.group.max()) + 1
         alive = torch.zeros(groups).index_add_(0, rollout.group.cpu(), advantage.abs().sum(1)) > 0
         context.tally.mean("groups/without_signal", (~alive).float())
@@ -293,6 +310,9 @@ class PolicyGradient:
         if self.decision_discount < 1:
             discounts = discount_factor(place, count, self.decision_discount)
             factor = discounts if factor is None else factor * discounts
+        if self.step_weight == "noise":
+            weights = noise_weights(rollout, mask)
+            factor = weights if factor is None else factor * weights
         clip_scale = None if self.clip_schedule is None else self.clip_schedule.scale(place, count)
         return Experience(rollout, advantage, mask, factor, clip_scale, reference, returns)
 
