@@ -1,7 +1,7 @@
 """Moving shapes: what a clip is asked to show, in which words, and clips that show it.
 
-A *target* is plain JSON: ``{"colour": "red", "shape": "circle", "direction": "left", "speed": "fast"}``. One shape moves
-in a straight line at constant speed and stays inside the picture. The verifier is :mod:`mmrl.world.motion_verify`.
+A *target* is plain JSON: ``{"colour": "red", "shape": "circle", "direction": "left", "speed": "fast"}``. One shape
+moves in a straight line at constant speed and stays inside. The verifier is :mod:`mmrl.world.motion_verify`.
 """
 
 from __future__ import annotations
