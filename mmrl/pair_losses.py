@@ -120,6 +120,21 @@ def mixed_pair_loss(
     return sum(weight * pair_loss(kind, pair, beta, smoothing, gamma) for kind, weight in weights.items())
 
 
+def kto_loss(
+    ratio: Tensor, desirable: Tensor, kl: Tensor, beta: float, desirable_weight: float, undesirable_weight: float
+) -> Tensor:
+    """KTO (arXiv 2402.01306), ``[N]``: ``1 - sigmoid(beta (ratio - kl))`` for desirable outputs, turned for others.
+
+    Args:
+        ratio: ``[N]``, ``log pi - log pi_ref`` of each output.
+        desirable: bool ``[N]``.
+        kl: the reference point, not negative, without gradient.
+    """
+    away = torch.where(desirable, ratio - kl, kl - ratio)
+    weight = torch.where(desirable, desirable_weight, undesirable_weight)
+    return weight * (1 - (beta * away).sigmoid())
+
+
 def _mean_ratio_margin(pair: PairScores) -> Tensor:
     return pair.better_ratio / pair.better_length - pair.worse_ratio / pair.worse_length
 

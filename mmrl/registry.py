@@ -35,6 +35,7 @@ class Entry:
 
 
 _POLICY_GRADIENT = "mmrl.algorithms.policy_gradient:PolicyGradient"
+_STEPWISE = "mmrl.algorithms.stepwise_preference:StepwisePreference"
 _REWARD_BACKPROP = "mmrl.algorithms.reward_backprop:RewardBackprop"
 _WHITENED = {"whiten": True, "aggregation": "token", "advantage_clip": None}
 
@@ -137,6 +138,19 @@ ALGORITHMS = {
     ),
     "dpo": Entry(
         "mmrl.algorithms.preference:PreferenceOptimisation", "online DPO on best/worst pairs of a group (Diffusion-DPO)"
+    ),
+    "kto": Entry(
+        "mmrl.algorithms.unpaired_preference:UnpairedPreference", "outputs that are good or bad each by itself (KTO)"
+    ),
+    "d3po": Entry(
+        _STEPWISE,
+        "each denoising step of the better output is preferred to that of the worse (D3PO)",
+        {"ratio_clip": 0.1},
+    ),
+    "spo": Entry(
+        _STEPWISE,
+        "candidates for one denoising step, best against worst (SPO)",
+        {"group_size": 1, "candidates": 4, "beta": 10.0},
     ),
     "reward_backprop": Entry(_REWARD_BACKPROP, "gradient of the reward through the sampler's last K steps (DRaFT-K)"),
     "draft": Entry(_REWARD_BACKPROP, "gradient of the reward through all steps (DRaFT)", {"grad_steps": "all"}),

@@ -80,7 +80,7 @@ class DiffusionPolicy:
         UserError: an option does not fit the pipeline.
     """
 
-    verbs = frozenset({"rollout", "decisions", "fit", "denoise", "generate", "chain", "means"})
+    verbs = frozenset({"rollout", "decisions", "fit", "denoise", "generate", "chain", "candidates", "means"})
 
     def __init__(
         self,
@@ -362,6 +362,20 @@ class DiffusionPolicy:
         prompts = [rollout.samples.prompts[i] for i in rows]
         start_seeds = trace.seeds.tolist()
         return self._sample(prompts, torch.tensor(rows), start_seeds, noises, stochastic, step, trace.at(step))
+
+    def candidates(self, rollout: Rollout, column: int, copies: int, seed: int) -> Rollout:
+        """One decision taken ``copies`` times anew, as a rollout whose pictures are the estimates right after it.
+
+        Rows that share a state are adjacent and form a group.
+        """
+        rows = [i for i in range(len(rollout)) for _ in range(copies)]
+        trace: Trace = rollout.trace[rows]
+        step = int(trace.steps[0, column])
+        noises = [derive_seed(seed, "candidate", i, k) for i in range(len(rollout)) for k in range(copies)]
+        prompts = [rollout.samples.prompts[i] for i in rows]
+        stretch = Chain(step, step + 2, 0, jump=True)
+        start = trace.at(step)
+        return self._sample(prompts, torch.tensor(rows), trace.seeds.tolist(), noises, (step,), step, start, stretch)
 
     def reference(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the policy is the frozen starting point: the snapshot ``reference``, or LoRA off if there is none."""
