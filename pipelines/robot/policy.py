@@ -50,6 +50,7 @@ class RobotPolicy:
         action_head: a name in :data:`pipelines.robot.heads.HEADS` or ``{type: name, ...options}``; ``flow`` when not
             given, or as the folder has it.
         horizon: actions of a chunk; 4 when not given, or as the folder has it.
+        execute: how many of them are carried out before the next chunk is made; all when not given.
         num_steps: denoising steps, of heads that have them.
         env_options: keywords for ``make_envs``.
         envs: episodes that run at a time.
@@ -59,6 +60,8 @@ class RobotPolicy:
         value_hidden: widths of its layers.
         batch_size: episodes of a backward pass (unless ``trainer.micro_batch_size`` says otherwise) or an evaluation.
         turns_per_backward: turns of an episode that a backward pass holds; all when not given.
+        frames: all episodes keep pictures of every turn, for rewards that look at them; else only those that an
+            evaluation shows.
 
     Raises:
         UserError: network, head, environment and folder do not go together, or an option is wrong.
@@ -76,6 +79,7 @@ class RobotPolicy:
         env: Any,
         action_head: Item | None = None,
         horizon: Annotated[int, Field(ge=1)] | None = None,
+        execute: Annotated[int, Field(ge=1)] | None = None,
         num_steps: Annotated[int, Field(ge=1)] | None = None,
         env_options: dict[str, Any] | None = None,
         envs: Annotated[int, Field(ge=1)] = 64,
@@ -84,12 +88,16 @@ class RobotPolicy:
         value_hidden: Sequence[int] = (128, 128),
         batch_size: Annotated[int, Field(ge=1)] = 256,
         turns_per_backward: Annotated[int, Field(ge=1)] | None = None,
+        frames: bool = False,
     ):
         clone = network if isinstance(network, Clone) else None
         saved = clone.config if clone is not None else {}
         network = saved["network"] if clone is not None else network
         head_item = building.head_item(action_head, num_steps, saved.get("action_head"))
         self.horizon = horizon or saved.get("horizon", building.HORIZON)
+        self.execute = execute or self.horizon
+        if self.execute > self.horizon:
+            raise UserError(f"pipeline.execute is {execute}, but a chunk has only {self.horizon} actions")
         self.envs: Envs = make_envs(env, envs, **(env_options or {})) if isinstance(env, str) else env
         spaces = Spaces(self.envs.state_dim or 0, self.envs.image_shape, self.envs.action_dim)
         encoder = network
@@ -118,6 +126,7 @@ class RobotPolicy:
         self.batch_size = batch_size
         self.turns_per_backward = turns_per_backward
         self.keep_mean = False
+        self.frames = frames
         self.record = 0
         self.counters: Counter = Counter()
         self.seconds: Counter = Counter()
@@ -147,7 +156,7 @@ class RobotPolicy:
     @property
     def max_turns(self) -> int:
         """Turns of the longest episode."""
-        return -(-self.envs.max_steps // self.horizon)
+        return -(-self.envs.max_steps // self.execute)
 
     @property
     def max_decisions(self) -> int:
@@ -225,8 +234,9 @@ class RobotPolicy:
         # Evaluations come between training steps, whose seconds are reported.
         seconds = Counter() if deterministic else self.seconds
         player = Player(self.envs, self.counters, seconds)
+        recorded = len(prompts) if self.frames else self.record if deterministic else 0
         choose = self._chooser(draws, deterministic, seconds)
-        played, ends, episodes = player.play(starts, choose, self.record if deterministic else 0)
+        played, ends, episodes = player.play(starts, choose, recorded)
         lengths = torch.tensor([episode.steps for episode in episodes])
         return Samples(list(prompts), episodes=episodes, truncated=ends.truncated, lengths=lengths), played, ends
 
@@ -249,7 +259,7 @@ class RobotPolicy:
             sampled = sampled.first(n)
             actions = self.scale.clipped(sampled.actions.float().cpu())
             seconds["network"] += time.perf_counter() - began
-            return Chosen(observation, sampled, actions, self.scale.to_env(actions), value)
+            return Chosen(observation, sampled, actions, self.scale.to_env(actions[:, : self.execute]), value)
 
         return choose
 
