@@ -111,7 +111,7 @@ class Chosen:
         observation: normalised.
         sampled: by the action head.
         actions: ``[n, H, D]``, those of ``sampled`` as far as they take effect.
-        env_actions: ``[n, H, D]`` as the environment takes them.
+        env_actions: ``[n, h, D]``, the first of these as the environment takes them.
         value: ``[n]`` predicted return, from a policy with a value head.
     """
 

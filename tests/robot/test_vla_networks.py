@@ -212,3 +212,15 @@ def test_an_exported_policy_acts_the_same(tmp_path):
     again = RobotPolicy(RobotPolicy.load(str(tmp_path)), "planar:reach", envs=8, env_options={"max_steps": 4})
     first, second = (one.generate(starts(3), [0, 1, 2]).episodes for one in (made, again))
     assert all(torch.equal(a.actions, b.actions) for a, b in zip(first, second, strict=True))
+
+
+def test_part_of_a_chunk_can_be_carried_out():
+    made = policy(scene(), TOKENS, execute=1)
+    rollout = made.rollout(starts(2), 1, seed=0)
+    assert rollout.trace.count.tolist() == [4, 4]
+    assert rollout.samples.episodes[0].actions.shape == (4, 1, 2)
+    # Of two actions with two numbers the second one is no decision.
+    assert rollout.mask[0].tolist() == [True, True, False, False] * 4
+    assert torch.equal(made.decisions(rollout).logp, rollout.logp)
+    with pytest.raises(UserError, match=r"pipeline.execute is 3, but a chunk has only 2 actions"):
+        policy(scene(), TOKENS, execute=3)
