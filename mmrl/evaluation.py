@@ -58,14 +58,15 @@ class Evaluation:
         whole_groups = max(1, policy.batch_size // self.samples_per_prompt)
         for rows in row_chunks(len(mine), whole_groups):
             numbers = mine[rows]
-            samples, seeds = self._generate(policy, numbers, record=folder is not None)
+            filmed = self.samples_per_prompt * sum(number < self.record for number in numbers) if folder else 0
+            samples, seeds = self._generate(policy, numbers, filmed)
             scores = self.scorer(samples, step=step)
             totals.append(scores.total)
             for name, values in scores.each.items():
                 each[name].append(values)
             if folder is not None:
                 names = [f"{number:0{digits}d}-{k}" for number in numbers for k in range(self.samples_per_prompt)]
-                outputs = _save_outputs(samples, folder, names)
+                outputs = _save_outputs(samples, folder, names, filmed)
                 marks = self.scorer.marks(samples)
                 for row, prompt in enumerate(samples.prompts):
                     records.append(
@@ -89,15 +90,14 @@ class Evaluation:
             found |= _statistics(f"eval/{name}", parts, share=True)
         return found
 
-    def _generate(self, policy: Policy, numbers: Sequence[int], record: bool) -> tuple[Samples, list[int]]:
+    def _generate(self, policy: Policy, numbers: Sequence[int], filmed: int) -> tuple[Samples, list[int]]:
         prompts = [self.prompts[number] for number in numbers for _ in range(self.samples_per_prompt)]
         seeds = [
             derive_seed(self.seed, "eval", number, k) for number in numbers for k in range(self.samples_per_prompt)
         ]
-        shown = sum(number < self.record for number in numbers) * self.samples_per_prompt if record else 0
         parts = []
         for rows in row_chunks(len(prompts), policy.batch_size):
-            with _recording(policy, max(shown - rows.start, 0)):
+            with _recording(policy, max(filmed - rows.start, 0)):
                 parts.append(policy.generate(prompts[rows], seeds[rows]))
         samples = Samples.cat(parts)
         samples.group = torch.arange(len(numbers)).repeat_interleave(self.samples_per_prompt)
@@ -141,18 +141,21 @@ def _recording(policy: Policy, count: int) -> Iterator[None]:
             policy.record = before
 
 
-def _save_outputs(samples: Samples, folder: Path, names: list[str]) -> list[dict[str, str]]:
-    """Write pictures or clips; per sample its ``file``, or its ``text`` and the ``picture`` that it was asked about."""
+def _save_outputs(samples: Samples, folder: Path, names: list[str], filmed: int) -> list[dict[str, str]]:
+    """Write pictures, clips or films of the first ``filmed`` episodes.
+
+    Returns:
+        Per sample its ``file``, or its ``text`` and the ``picture`` that it was asked about.
+    """
     if samples.images is not None:
         return [{"file": path.name} for path in save_images(samples.images, folder, names)]
     if samples.videos is not None:
         return [{"file": path.name} for path in save_videos(samples.videos, folder, names)]
     if samples.episodes is not None:
-        films = {
-            name: one.frames / 255 for name, one in zip(names, samples.episodes, strict=True) if one.frames is not None
-        }
-        paths = dict(zip(films, save_videos(list(films.values()), folder, list(films)), strict=True))
-        return [{"file": paths[name].name} if name in paths else {} for name in names]
+        recorded = [row for row, one in enumerate(samples.episodes[:filmed]) if one.frames is not None]
+        films = [samples.episodes[row].frames / 255 for row in recorded]
+        paths = dict(zip(recorded, save_videos(films, folder, [names[row] for row in recorded]), strict=True))
+        return [{"file": paths[row].name} if row in paths else {} for row in range(len(samples))]
     if samples.texts is None:
         return [{} for _ in names]
     saved: dict[int, str] = {}

@@ -38,6 +38,10 @@ REWARDS: dict[str, tuple[str, str]] = {
     "first_frame": ("rewards.video:FirstFrame", "likeness of a clip's first frame and the prompt's picture"),
     "format": ("rewards.text_shape:Format", "whether a text is think and answer tags, or others, and nothing else"),
     "frames": ("rewards.frames:Frames", "an image reward on sampled frames of a clip (InstructVideo)"),
+    "goal_similarity": (
+        "rewards.robot_frames:GoalSimilarity",
+        "likeness of an episode's pictures to a goal in words (VLM-RM, VLM-RL)",
+    ),
     "gui_action": ("rewards.answers:GuiAction", "kind, place and text of an action on a screen (GUI-R1)"),
     "hpsv2": ("rewards.clip:HPSv2", "human preference score v2, an open_clip model"),
     "iou": ("rewards.geometry_boxes:Iou", "overlap of the box in an answer with the true one: plain or generalised"),
