@@ -187,6 +187,11 @@ def make_envs(spec: str, count: int, *, processes: int | None = None, timeout: f
     Raises:
         UserError: no such environment or option, a package that is missing, or an environment that does not fit.
     """
+    if count < 1 or timeout <= 0 or (processes is not None and processes < 0):
+        raise UserError(
+            f"env '{spec}': count is {count}, timeout {timeout} and processes {processes}, but should be at least 1, "
+            "above 0, and at least 0 or null"
+        )
     family, _, task = spec.partition(":")
     if family == "planar":
         if task not in TASKS:

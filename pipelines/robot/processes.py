@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
@@ -59,6 +60,7 @@ class Worker:
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=2,  # what simulators print is no output of the run
+            start_new_session=True,  # Ctrl-C is for the run; workers end with it
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         theirs.close()
@@ -106,19 +108,19 @@ class Worker:
         """End the process, by force if it does not listen."""
         self.pipe.close()
         try:
-            self.process.wait(timeout=0.5)
+            self.process.wait(timeout=2)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
 
     def _gone(self, how: str, sentence: str = "") -> WorkerLost:
         """End what is left of the process; the exception says what happened."""
-        self.pipe.close()
         if how.startswith("gave"):
             self.process.kill()
-        code = self.process.wait()
+        self.stop()
         self.failures += 1
-        return WorkerLost(sentence or f"{self.what} {how}" + (f" with exit status {code}" if how == "crashed" else ""))
+        ended = f" with exit status {self.process.returncode}" if how == "crashed" else ""
+        return WorkerLost(sentence or f"{self.what} {how}{ended}")
 
 
 class Processes:
@@ -211,21 +213,25 @@ class Processes:
         """Ask workers, all at once, and wait for their replies; those that were lost on the way are started again."""
         replies: dict[int, tuple] = {}
         lost: dict[int, WorkerLost] = {}
-        waiting = []
-        for k, (_, words, arrays) in asked.items():
-            try:
-                self.workers[k].ask(words, arrays)
-                waiting.append(k)
-            except WorkerLost as error:
-                lost[k] = error
         mistakes: list[UserError] = []
-        for k in waiting:
+        waiting: list[int] = []
+
+        @contextlib.contextmanager
+        def noted(k: int) -> Iterator[None]:
             try:
-                replies[k] = self.workers[k].reply()
+                yield
             except WorkerLost as error:
                 lost[k] = error
             except UserError as error:
                 mistakes.append(error)
+
+        for k, (_, words, arrays) in asked.items():
+            with noted(k):
+                self.workers[k].ask(words, arrays)
+                waiting.append(k)
+        for k in waiting:
+            with noted(k):
+                replies[k] = self.workers[k].reply()
         for k, error in lost.items():
             worker = self.workers[k]
             self._lost[k :: len(self.workers)] = True

@@ -183,6 +183,7 @@ def test_wrong_actions_are_one_sentence(workers):
         (f"vector:{WALK}", {"max_steps": 3}, "does not take its options"),
         (f"vector:{TOGETHER}", {"max_steps": 3, "mode": "SAME_STEP"}, "hides final observations"),
         ("nowhere:Walk", {}, "there is no module 'nowhere'"),
+        ("planar:push", {"timeout": 0}, "timeout 0 and processes 0, but should be"),
     ],
 )
 def test_a_wrong_spec_or_option_is_one_sentence(spec, options, sentence):
