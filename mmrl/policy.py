@@ -56,8 +56,8 @@ class Policy(Protocol):
         record: optional, of policies that act in an environment; the first so many episodes of each ``generate`` keep
             pictures (``Episode.frames``). 0, but for evaluations, which show a few episodes to people.
         begin_stage, report, overview: optional methods. ``begin_stage(prompts)`` is called with a stage's prompts as
-            it begins, and not when it is resumed: what it sets must be in ``parameters``. ``report()`` gives numbers to log
-            with each step; ``overview()`` gives lines, by name, on what is about to be trained.
+            it begins, and not when it is resumed: what it sets must be in ``parameters``. ``report()`` gives numbers to
+            log with each step; ``overview()`` gives lines, by name, on what is about to be trained.
     """
 
     verbs: frozenset[str]

@@ -17,6 +17,7 @@ from mmrl.seeding import derive_seed, generator, prompt_keys
 from mmrl.types import Chain, Decisions, Denoising, Prompt, Rollout, Rows, Samples
 from pipelines import adapters, latents, loading
 from pipelines.adapters import LoRA
+from pipelines.guidance import NegativeBranch, NegativeModel
 from pipelines.noising import FitTime, noised_again
 from pipelines.scheduler_seam import Inspect, JumpToX0, Kernel, Replay, Sample, Velocity
 from pipelines.seam import Call, Seam
@@ -72,6 +73,7 @@ class DiffusionPolicy:
         keep_states: ``window`` keeps the states that decisions need, ``all`` keeps every step's.
         offload_states: keep them in the host's memory (pinned, where there is a GPU) until a decision needs them.
         eval_num_steps, eval_call: for ``generate``; the rest of ``call`` still applies.
+        negative: for ``generate``, weights of the opposite preference that guidance steers away from.
         fit_call: call arguments for ``fit``; None switches guidance off.
         fit_time: distribution of noise levels in ``fit`` and ``denoise`` (:mod:`pipelines.noising`); ``auto`` is
             ``logit_normal`` for flows (arXiv:2403.03206) and ``uniform`` for DDPM-type models.
@@ -102,6 +104,7 @@ class DiffusionPolicy:
         offload_states: bool = False,
         eval_num_steps: Annotated[int, Field(ge=1)] | None = None,
         eval_call: dict[str, Any] | None = None,
+        negative: NegativeModel | None = None,
         fit_call: dict[str, Any] | None = None,
         fit_time: Literal["auto"] | FitTime = "auto",
     ):
@@ -128,6 +131,7 @@ class DiffusionPolicy:
         self.fitting = Call(num_steps, unguided if fit_call is None else {**call, **fit_call})
         self._times_per_row: bool | None = None
         adapters.freeze(pipe)
+        self.negative = None if negative is None else NegativeBranch(pipe, negative)
         self.lora = lora
         self.parameters = adapters.train_all(pipe) if lora is None else adapters.add_lora(pipe, lora)
         if gradient_checkpointing:
@@ -298,9 +302,9 @@ class DiffusionPolicy:
         pictures, order = [], []
         for rows in self._batches(prompts, self.eval):
             starts = [derive_seed(seeds[i], "start") for i in rows]
-            pictures.append(
-                self.seam.run([prompts[i] for i in rows], self.eval, Sample(self.kernel), starts, decode=True)
-            )
+            chosen, plan = [prompts[i] for i in rows], Sample(self.kernel)
+            with self.negative.active(len(rows)) if self.negative else contextlib.nullcontext():
+                pictures.append(self.seam.run(chosen, self.eval, plan, starts, decode=True))
             order += rows
         back = torch.tensor(order).argsort()
         return _samples(list(prompts), torch.cat(pictures).float()[back.to(self.device)], torch.arange(len(prompts)))
