@@ -70,7 +70,9 @@ def _gymnasium(name: str, image: int | None, max_steps: int | None, options: Map
             # Not every environment can be told how large its pictures should be.
             return gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True, **limit, **options)
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
-        raise UserError(f"env '{name}' needs a package that is missing ({error}): {_EXTRA}") from error
+        raise UserError(
+            f"env '{name}' needs a package that is missing ({error}); MuJoCo and gymnasium-robotics come with {_EXTRA}"
+        ) from error
     except gymnasium.error.Error as error:
         raise UserError(f"env '{name}': {error}") from error
 
