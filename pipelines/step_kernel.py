@@ -24,7 +24,7 @@ LogProbKind = Literal["auto", "gaussian", "squared_error"]
 class StepCoefficients:
     """One step: weights of the clean and the noise estimate, std of fresh noise, size of the step.
 
-    Numbers for a batch at one step, tensors that broadcast for rows at different ones (:class:`StepTable`).
+    Numbers for a batch at one step, tensors that broadcast for rows at different ones (:func:`steps_at`).
     """
 
     A: float | Tensor
@@ -80,28 +80,14 @@ def ddim_coefficients(alpha_bar: float, alpha_bar_next: float, eta: float, dt: f
     )
 
 
-@dataclass(frozen=True)
-class StepTable:
-    """The coefficients of several steps as float32 tensors ``[S]``, for batches whose rows are at different steps."""
+def step_table(steps: Sequence[StepCoefficients]) -> Tensor:
+    """The coefficients of several steps as a float32 tensor ``[S, 4]``, for :func:`steps_at`."""
+    return torch.tensor([[step.A, step.B, step.C, step.dt] for step in steps])
 
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    dt: Tensor
 
-    @classmethod
-    def of(cls, steps: Sequence[StepCoefficients]) -> StepTable:
-        """The table of ``steps``."""
-        return cls(*(torch.tensor([getattr(step, name) for step in steps]) for name in ("A", "B", "C", "dt")))
-
-    def at(self, index: Tensor, ndim: int) -> StepCoefficients:
-        """Coefficients of the steps ``index`` (long ``[n]``), to be broadcast against ``[n, ...]`` of ``ndim`` axes."""
-        shape = (-1, *[1] * (ndim - 1))
-        return StepCoefficients(*(column[index].view(shape) for column in (self.A, self.B, self.C, self.dt)))
-
-    def to(self, device: torch.device) -> StepTable:
-        """The table on a device."""
-        return StepTable(*(column.to(device) for column in (self.A, self.B, self.C, self.dt)))
+def steps_at(table: Tensor, index: Tensor, ndim: int) -> StepCoefficients:
+    """Coefficients of the steps ``index`` (long ``[n]``), to broadcast against ``[n, ...]`` of ``ndim`` axes."""
+    return StepCoefficients(*table[index].view(-1, *[1] * (ndim - 1), 4).unbind(-1))
 
 
 def cosine_alpha_bars(count: int) -> list[float]:

@@ -48,7 +48,7 @@ class Spaces:
     action_dim: int
 
 
-def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.Mish) -> nn.Sequential:
+def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.SiLU) -> nn.Sequential:
     """Linear layers of the given sizes with the activation between them."""
     layers: list[nn.Module] = []
     for number, (before, after) in enumerate(pairwise(sizes)):

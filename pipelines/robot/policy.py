@@ -249,11 +249,13 @@ class RobotPolicy:
             began = time.perf_counter()
             n = len(rows)
             observation = self._normalised(observation)
-            context = self._context(observation)
-            sampled = self.head.sample(context, padded(draws[rows, turn]).to(self.device), deterministic)
             value = None
-            if self.value is not None and not deterministic:
-                value = self.value(context)[:n].cpu()
+            # What comes of it is indexed before it enters a loss, and so no inference tensor any more.
+            with torch.inference_mode():
+                context = self._context(observation)
+                sampled = self.head.sample(context, padded(draws[rows, turn]).to(self.device), deterministic)
+                if self.value is not None and not deterministic:
+                    value = self.value(context)[:n].cpu()
             if not self.keep_mean:
                 sampled.mean = None
             sampled = sampled.first(n)

@@ -174,7 +174,7 @@ def test_early_steps_keep_a_copy_of_the_network():
     with torch.no_grad():
         for p in robot.parameters:
             p.add_(0.1)
-    early, index = (torch.tensor([True]), torch.tensor([0]))
+    early, index = (torch.tensor([1]), torch.tensor([0]))
     now = head.transition(context, x, index, early)[0]
     assert not torch.allclose(head.transition(context, x, index, early, frozen=True)[0], now)
     robot.begin_stage([])

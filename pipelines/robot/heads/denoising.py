@@ -31,7 +31,6 @@ from pipelines.robot.heads.base import (
 from pipelines.robot.networks import ChunkNetwork, NoiseNetwork
 from pipelines.step_kernel import (
     StepCoefficients,
-    StepTable,
     cosine_alpha_bars,
     ddim_coefficients,
     diffusion_endpoints,
@@ -39,6 +38,8 @@ from pipelines.step_kernel import (
     flow_endpoints,
     gaussian_log_density,
     step_mean,
+    step_table,
+    steps_at,
 )
 
 Positive = Annotated[float, Field(gt=0)]
@@ -102,7 +103,7 @@ class DenoisingHead(ActionHead):
         self.early = [k for k in noisy if k < self.trained[0]] if early == "frozen" else []
         self.noisy_steps = sorted([*self.early, *self.trained])
         # Row k is step k without noise, row K + k the same with it.
-        self._table = StepTable.of([*plain, *steps])
+        self.register_buffer("table", step_table([*plain, *steps]), persistent=False)
         self.register_buffer("times", torch.tensor(times), persistent=False)
         steps_in = self.decision_steps if over_steps == "sum" else 1
         self.elements_per_decision = steps_in * (shape.horizon * shape.action_dim if over_actions == "sum" else 1)
@@ -114,20 +115,15 @@ class DenoisingHead(ActionHead):
         """Estimates of the clean chunk and of the noise from the network's output at the steps ``index`` ``[n]``."""
         raise NotImplementedError
 
-    def _apply(self, fn: Any, recurse: bool = True) -> DenoisingHead:
-        super()._apply(fn, recurse)
-        self._table = self._table.to(self.times.device)
-        return self
-
     def transition(self, context: Any, x: Tensor, index: Tensor, noisy: Tensor, frozen: bool = False):
-        """Mean ``[n, H, D]`` and std of the steps ``index`` ``[n]`` from ``x``, with noise where ``noisy`` ``[n]``.
+        """Mean ``[n, H, D]`` and std of the steps ``index`` ``[n]`` from ``x``; ``noisy`` ``[n]`` is 1 where they have noise.
 
         The std broadcasts against the mean and is without floors. ``frozen`` asks the copy that early steps keep.
         """
         network = self.frozen if frozen else self.network
         time = self.times[index]
         x0hat, x1hat = self.endpoints(x, network(context, x, time), index)
-        coefficients = self._table.at(index + self.steps * noisy.long(), x.ndim)
+        coefficients = steps_at(self.table, index + self.steps * noisy, x.ndim)
         mean = step_mean(x0hat, x1hat, coefficients)
         if self.noise is None:
             return mean, coefficients.C
@@ -150,17 +146,14 @@ class DenoisingHead(ActionHead):
             place = (draws[:, -1] * len(self.trained)).long().clamp(max=len(self.trained) - 1)
             chosen = torch.tensor(self.trained, device=draws.device)[place]
         x, drawn = noise[:, 0], 1
-        parts: dict[str, list[Tensor]] = {"before": [], "after": [], "mean": [], "elements": []}
-        # With ``random`` every step may be some row's decision; rows keep their own.
+        decided: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for step in range(self.steps):
             index = torch.full((n,), step, device=draws.device)
-            early = step in self.early
-            noisy = torch.full_like(index, step in self.noisy_steps and not deterministic, dtype=torch.bool)
-            if chosen is not None:
-                noisy = chosen == index
+            adds_noise = step in self.noisy_steps and not deterministic
+            noisy = torch.full_like(index, adds_noise) if chosen is None else (chosen == index).long()
             frozen = self.frozen is not None and step < self.trained[0]
             mean, std = self.transition(context, x, index, noisy, frozen)
-            if deterministic or (chosen is None and step not in self.noisy_steps):
+            if not adds_noise:
                 x = mean
                 continue
             z = noise[:, 1 if self.random else drawn]
@@ -169,21 +162,20 @@ class DenoisingHead(ActionHead):
                 z = z.clamp(-self.noise_clip, self.noise_clip)
             after = mean + std.clamp(min=self.min_std) * z
             if chosen is not None:
-                after = torch.where(noisy[:, None, None], after, mean)
-            if not early and (chosen is None or step in self.trained):
-                elements = self._elements(after, mean, std)
-                for name, value in (("before", x), ("after", after), ("mean", mean), ("elements", elements)):
-                    parts[name].append(value)
+                # A row adds noise in its own step alone.
+                after = torch.where(noisy[:, None, None] > 0, after, mean)
+            if step in self.trained:
+                decided.append((x, after, mean, std))
             x = after
-        actions = x
         if deterministic:
-            return Sampled(actions, {})
-        stacked = {name: torch.stack(values, 1) for name, values in parts.items()}
+            return Sampled(x, {})
+        before, after, mean, std = (torch.stack(column, 1) for column in zip(*decided, strict=True))
+        index = torch.tensor(self.trained, device=x.device).expand(n, -1).contiguous()
         if chosen is not None:
-            stacked = {name: value[torch.arange(n), place][:, None] for name, value in stacked.items()}
-        index = torch.tensor(self.trained, device=x.device).expand(n, -1) if chosen is None else chosen[:, None]
-        record = {"before": stacked["before"], "after": stacked["after"], "step": index.contiguous()}
-        return Sampled(actions, record, stacked["elements"], stacked["mean"])
+            own = torch.arange(n), place
+            before, after, mean, std, index = (column[own][:, None] for column in (before, after, mean, std, index))
+        record = {"before": before, "after": after, "step": index}
+        return Sampled(x, record, self._elements(after, mean, std), mean)
 
     def _elements(self, after: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """Log-density of each element, std floored and values clamped as the options say."""
@@ -204,7 +196,7 @@ class DenoisingHead(ActionHead):
         n, k = index.shape
         context = context if k == 1 else context.repeat_interleave(k, 0)
         flat = index.flatten()
-        mean, std = self.transition(context, before.flatten(0, 1), flat, torch.ones_like(flat, dtype=torch.bool))
+        mean, std = self.transition(context, before.flatten(0, 1), flat, torch.ones_like(flat))
         elements = self._elements(after.flatten(0, 1), mean, std).unflatten(0, (n, k))
         logp = self.logp(elements, executed)
         if "means" not in self.verbs:
@@ -213,7 +205,7 @@ class DenoisingHead(ActionHead):
         live = live_actions(executed, self.shape.horizon)[:, None]
         mean = torch.where(live, mean.unflatten(0, (n, k)), after)
         std = std.clamp(min=self.min_logp_std).view(n, k)
-        return Decisions(logp, action=after, mean=mean, std=std, dt=self._table.dt[index])
+        return Decisions(logp, action=after, mean=mean, std=std, dt=self.table[index, 3])
 
     def noised(self, actions: Tensor, normals: Tensor) -> Denoising:
         """Chunks ``[n, H, D]`` at noise levels drawn for training, without a prediction."""
