@@ -52,7 +52,7 @@ def test_online_dpo_tells_fresh_pairs_apart(tmp_path):
 
 @pytest.mark.slow
 def test_draft_raises_its_reward(tmp_path):
-    """The CLIP score of fresh samples goes up; whether the verifier agrees is not shown yet (see the changelog)."""
+    """The CLIP score of fresh samples goes up; the verifier agrees later than this, see docs/algorithms.md."""
     learn("image_draft.yaml", tmp_path, 20, "eval.limit=4")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     reward = [line["reward/mean"] for line in lines if "reward/mean" in line]
