@@ -37,13 +37,15 @@ def step_cost(config: Config, stage: StageConfig) -> dict[str, Any]:
     if "decisions" in algorithm.verbs:
         cost["update forwards"] = samples * each["decisions"] * passes
         cost["reference forwards"] = cost["update forwards"] * references
-    if "fit" in algorithm.verbs:
+    if "fit" in algorithm.verbs or ("denoise" in algorithm.verbs and "chain" not in algorithm.verbs):
         rows = samples
-        if "rollout" in algorithm.verbs:
-            ranked = getattr(algorithm, "pairs", "") == "ranked"
-            rows = stage.data.batch_size * 2 * (algorithm.group_size // 2 if ranked else 1)
-        cost["update forwards"] = rows * each["fit"] * passes * getattr(algorithm, "noise_draws", 1)
+        if "rollout" in algorithm.verbs and hasattr(algorithm, "pairs"):
+            rows = stage.data.batch_size * 2 * (algorithm.group_size // 2 if algorithm.pairs == "ranked" else 1)
+        draws = getattr(algorithm, "fits_per_sample", getattr(algorithm, "noise_draws", 1))
+        cost["update forwards"] = int(rows * each["fit"] * passes * draws)
         cost["reference forwards"] = cost["update forwards"] * references
+        if getattr(algorithm, "keeps_old", False) and algorithm.compares_with_old:
+            cost["old policy's forwards"] = cost["update forwards"]
     if {"generate", "rollout"} <= algorithm.verbs:
         cost["baseline forwards"] = stage.data.batch_size * each["generate"]
     elif "chain" in algorithm.verbs:

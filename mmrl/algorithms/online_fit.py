@@ -82,6 +82,11 @@ class OnlineFit:
     shared_noise: ClassVar[bool] = False
     """The members of a group see the same noise."""
 
+    @property
+    def fits_per_sample(self) -> float:
+        """Times that a sample is fitted in a pass, on average."""
+        return self.noise_draws
+
     def weigh(self, scores: Tensor, group: Tensor) -> Tensor:
         """Weights ``[n]``, NaN for samples that take no part.
 

@@ -33,6 +33,10 @@ class BestOfN(OnlineFit):
         if self.keep >= self.group_size:
             raise UserError(f"algorithm.keep is {self.keep}, but a group has {self.group_size} samples: keep fewer")
 
+    @property
+    def fits_per_sample(self) -> float:
+        return self.noise_draws * self.keep / self.group_size
+
     def weigh(self, scores: Tensor, group: Tensor) -> Tensor:
         out = torch.full_like(scores, torch.nan, dtype=torch.float32)
         usable = ~scores.isnan() & ~constant_groups(scores, group)

@@ -45,6 +45,11 @@ class SelfCorrection(Supervised):
         self.weight = weight
         self.num_steps = num_steps
 
+    @property
+    def fits_per_sample(self) -> int:
+        """Predictions that a row costs in a step."""
+        return self.noise_draws * (self.points + 1)
+
     def loss(self, context: Context, micro_batch: MicroBatch) -> Tensor:
         samples, seeds = Samples(prompts=micro_batch.prompts), micro_batch.seeds
         at = context.policy.denoise(samples, seeds)
