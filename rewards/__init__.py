@@ -87,10 +87,18 @@ REWARDS: dict[str, tuple[str, str]] = {
         "rewards.geometry_points:PointDistance",
         "how near the points in an answer are to the true ones",
     ),
+    "point_in_region": (
+        "rewards.geometry_regions:PointInRegion",
+        "share of the points in an answer that lie in the true polygon or mask (Embodied-R1)",
+    ),
     "point_in_box": ("rewards.geometry_points:PointInBox", "share of the points in an answer that lie in the true box"),
     "remote": ("rewards.remote:Remote", "a reward that runs on another machine or in another process, over HTTP"),
     "render": ("rewards.render:Render", "likeness of the picture that an answer's code draws: SVG, matplotlib, TikZ"),
     "repetition": ("rewards.text_shape:Repetition", "minus the share of repeated n-grams"),
+    "reward_code": (
+        "rewards.robot_code:RewardCode",
+        "reward(state, action, next_state) from a file that a model wrote, confined (Text2Reward)",
+    ),
     "rouge": ("rewards.text_overlap:Rouge", "ROUGE of the answer, by rouge-score"),
     "salient_boxes": ("rewards.geometry_boxes:SalientBoxes", "overlap with boxes of which some matter more (GRiP)"),
     "shapes": ("rewards.shapes:Shapes", "exact check of colour, shape, count and position in pictures of plain shapes"),

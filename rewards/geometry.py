@@ -130,6 +130,29 @@ def mean_distance(a: Sequence[Point], b: Sequence[Point], samples: int = 16) -> 
     return float(np.hypot(gaps[:, 0], gaps[:, 1]).mean())
 
 
+def rms_distance(a: Sequence[Point], b: Sequence[Point], samples: int = 16) -> float:
+    """Root of the mean squared distance of two paths at ``samples`` equal shares of their lengths."""
+    gaps = resample(a, samples) - resample(b, samples)
+    return float(np.sqrt((gaps**2).sum(1).mean()))
+
+
+def hausdorff(a: Sequence[Point], b: Sequence[Point]) -> float:
+    """Largest distance of a point of one path to the nearest of the other; the order of points does not count."""
+    between = _distances(a, b)
+    return float(max(between.min(0).max(), between.min(1).max()))
+
+
+def dtw(a: Sequence[Point], b: Sequence[Point]) -> float:
+    """Dynamic time warping: least sum of distances of an alignment in order, over the points of the longer path."""
+    between = _distances(a, b)
+    cost = np.full((len(a) + 1, len(b) + 1), np.inf)
+    cost[0, 0] = 0
+    for i in range(len(a)):
+        for j in range(len(b)):
+            cost[i + 1, j + 1] = between[i, j] + min(cost[i, j], cost[i, j + 1], cost[i + 1, j])
+    return float(cost[-1, -1] / max(len(a), len(b)))
+
+
 def resample(path: Sequence[Point], samples: int) -> np.ndarray:
     """``samples`` points ``[S, 2]`` at equal shares of a path's length; a path without length stays where it is."""
     points = np.asarray(path, dtype=float).reshape(-1, 2)

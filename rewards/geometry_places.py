@@ -6,6 +6,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmrl.errors import UserError
+from mmrl.media import open_picture
 from mmrl.types import Samples
 from rewards.geometry import Frame, Size, degenerate, frame_size, to_unit
 from rewards.parsing import BOX_KEYS, POINT_KEYS, Box, Point, answer_of, boxes_of, finite, points_of
@@ -18,7 +20,7 @@ FAR = 1e6
 def _file_size(path: str) -> Size:
     from PIL import Image
 
-    with Image.open(path) as picture:
+    with Image.open(path.removeprefix("file://")) as picture:
         # A picture that was stored lying is shown upright.
         turned = picture.getexif().get(0x0112, 1) >= 5
         return (picture.height, picture.width) if turned else (picture.width, picture.height)
@@ -40,12 +42,10 @@ def original_size(row: Row, picture: int) -> Size:
             "columns width and height can give it"
         )
     image = images[picture]
-    if isinstance(image, str):
-        try:
-            return _file_size(image)
-        except OSError as error:
-            raise row.refuse(f"has a picture '{image}' that cannot be read: {error}") from error
-    size = image.size if isinstance(getattr(image, "size", None), tuple) else tuple(image.shape[-2:])[::-1]
+    try:
+        size = _file_size(image) if isinstance(image, str) else open_picture(image).size
+    except (OSError, UserError) as error:
+        raise row.refuse(f"has a picture that cannot be read: {error}") from error
     return float(size[0]), float(size[1])
 
 

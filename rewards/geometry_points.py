@@ -12,7 +12,18 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from rewards.geometry import Frame, distance, frechet, inside, interval_iou, match, mean_distance
+from rewards.geometry import (
+    Frame,
+    distance,
+    dtw,
+    frechet,
+    hausdorff,
+    inside,
+    interval_iou,
+    match,
+    mean_distance,
+    rms_distance,
+)
 from rewards.geometry_places import Geometry
 from rewards.parsing import answer_of, boxes_of, count_of, finite, interval_of, points_of
 from rewards.text import Row, TextReward
@@ -21,6 +32,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Places = list[tuple[str, list[tuple[str, Sequence[float]]]]]
 Falloff = Literal["exponential", "linear", "within"]
+
+MEASURES = {"frechet": frechet, "mean": mean_distance, "rmse": rms_distance, "hausdorff": hausdorff, "dtw": dtw}
 
 MOST_POINTS = 512
 """A path of more points is no answer."""
@@ -128,8 +141,10 @@ class Trajectory(PointDistance):
     Args:
         frame: what the model's coordinates count in, see :data:`rewards.geometry.Frame`.
         target_frame: the same of the data; default, ``frame``.
-        measure: d is the discrete Frechet distance of the two paths, or the mean distance of points at equal shares of
-            their lengths, both in unit coordinates. VLA-R1's own measure adds angles and lengths of segments.
+        measure: what d is, in unit coordinates: the discrete ``frechet`` distance of the two paths; the ``mean`` or
+            root-mean-square (``rmse``) distance of points at equal shares of their lengths; the ``hausdorff`` distance;
+            or the mean distance of the best alignment in order (``dtw``). VLA-R1's own measure is Frechet's with angles
+            and lengths of segments added.
         reach: the distance at which the score has fallen to 1/e.
         picture: which of the prompt's pictures is meant, from 0.
         tag: the answer stands in ``<tag>``; without such a tag, the whole text after ``</think>`` is it.
@@ -143,7 +158,7 @@ class Trajectory(PointDistance):
         self,
         frame: Frame,
         target_frame: Frame | None = None,
-        measure: Literal["frechet", "mean"] = "frechet",
+        measure: Literal["frechet", "mean", "rmse", "hausdorff", "dtw"] = "frechet",
         reach: Positive = 0.1,
         picture: int = 0,
         tag: str = "answer",
@@ -151,7 +166,7 @@ class Trajectory(PointDistance):
         column: str = "",
     ):
         self.frame, self.target_frame, self.picture = frame, target_frame, picture
-        self.between, self.reach = {"frechet": frechet, "mean": mean_distance}[measure], reach
+        self.between, self.reach = MEASURES[measure], reach
         self.tag, self.strict, self.column = tag, strict, column
 
     def score(self, row: Row) -> float:

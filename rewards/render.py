@@ -16,7 +16,7 @@ from mmrl.registry import load_object
 from mmrl.types import Prompt, Samples
 from rewards.parsing import MOST, answer_of, code_of
 from rewards.render_likeness import beyond_blank, nearness, ssim
-from rewards.render_sandbox import Language, Limits, Sandbox
+from rewards.sandbox import Language, Limits, Sandbox
 from rewards.text import Row
 
 if TYPE_CHECKING:

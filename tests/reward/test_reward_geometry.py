@@ -10,7 +10,7 @@ import torch
 from mmrl.errors import UserError
 from mmrl.types import Prompt, Samples
 from rewards import load_reward
-from rewards.geometry import degenerate, frechet, giou, iou, match, mean_distance
+from rewards.geometry import degenerate, dtw, frechet, giou, hausdorff, iou, match, mean_distance, rms_distance
 
 
 def one(text, target, **fields):
@@ -204,6 +204,67 @@ def test_points():
     assert score("point_distance", "[0.5, 0.6]", [0.5, 0.5], frame="unit", falloff="within") == 1
 
 
+def test_regions_of_any_form(tmp_path):
+    from PIL import Image
+
+    notched = [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.5, 0.5], [0.0, 1.0]]
+    for point, inside in (("(0.1, 0.5)", 1), ("(0.5, 0.7)", 0), ("(0.5, 0.4)", 1), ("(1.2, 0.5)", 0)):
+        assert score("point_in_region", point, notched, frame="unit") == inside
+    far = [[0.0, 0.9], [0.0, 1.0], [0.1, 1.0]]
+    both = [[[0.8, 0.0], [1.0, 0.0], [1.0, 0.2]], far]
+    assert score("point_in_region", "[[0.95, 0.1], [0.02, 0.95], [0.5, 0.5], [0.5, 0.6]]", both, frame="unit") == 0.5
+    assert score("point_in_region", "nowhere", both, frame="unit") == 0
+    # A square of half the side in the corner, as a mask: 0.1 beside its edge, and diagonally off its corner.
+    mask = np.zeros((8, 4), np.uint8)
+    mask[:4, :2] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    options = {"frame": "thousand", "reach": 0.2}
+    for truth in (mask, Image.fromarray(mask), str(tmp_path / "mask.png"), {"path": str(tmp_path / "mask.png")}):
+        assert score("point_in_region", "[499, 0]", truth, **options) == 1
+        assert score("point_in_region", "[600, 250]", truth, **options) == pytest.approx(0.5)
+        assert score("point_in_region", "[560, 580]", truth, **options) == pytest.approx(0.5)
+        assert score("point_in_region", "[900, 0]", truth, **options) == 0
+    square = [[0, 0], [500, 0], [500, 500], [0, 500]]
+    assert score("point_in_region", "[560, 580]", square, **options) == pytest.approx(0.5)
+    for truth, words in (
+        ([[0, 0], [1, 1]], "at least three points"),
+        ("nothing.png", "a mask that cannot be read: there is no picture"),
+        (np.zeros((4, 4), np.uint8), "a mask without a bright pixel"),
+        (0.5, "a polygon of at least three points"),
+    ):
+        with pytest.raises(UserError, match=words):
+            score("point_in_region", "(0, 0)", truth, frame="unit")
+
+
+def test_measures_of_paths():
+    a, b = [(0, 0), (1, 0), (2, 0)], [(0, 1), (2, 1), (2, 3)]
+    assert hausdorff(a, b) == hausdorff(b, a) == 3
+    assert hausdorff(a, a[::-1]) == 0
+    # Point by point: 1, the root of 2, and 3.
+    assert dtw(a, b) == pytest.approx((1 + math.sqrt(2) + 3) / 3)
+    assert dtw(a, [(0, 0), (0, 0), (1, 0), (2, 0), (2, 0)]) == 0
+    assert rms_distance([(0, 0), (1, 0)], [(0, 0), (1, 1)]) >= mean_distance([(0, 0), (1, 0)], [(0, 0), (1, 1)])
+    assert rms_distance(a, [(x, y + 2) for x, y in a]) == pytest.approx(2)
+
+
+def test_coordinates_of_a_picture_in_every_form(tmp_path):
+    """Pixels of the picture as it is in the data, however the data has it."""
+    from PIL import Image
+
+    picture = Image.new("RGB", (200, 100))
+    path = tmp_path / "a.png"
+    picture.save(path)
+    forms = [str(path), f"file://{path}", picture, np.asarray(picture), torch.zeros(3, 100, 200)]
+    for form in [*forms, {"bytes": path.read_bytes()}, {"path": str(path)}]:
+        fields = {"images": [form]}
+        assert (
+            score(
+                "iou", "[20, 10, 100, 50]", [0.1, 0.1, 0.5, 0.5], fields=fields, frame="original", target_frame="unit"
+            )
+            == 1
+        )
+
+
 def test_trajectory():
     truth = [[0, 0], [500, 0], [1000, 0]]
     options = {"frame": "thousand", "reach": 0.2}
@@ -212,6 +273,9 @@ def test_trajectory():
     assert score("trajectory", "[[0, 0], [1000, 0]]", truth, measure="mean", **options) == pytest.approx(1)
     assert score("trajectory", "[[1000, 0], [500, 0], [0, 0]]", truth, **options) == pytest.approx(math.exp(-5))
     assert score("trajectory", str([[0, 0]] * 600), truth, **options) == 0
+    for measure in ("rmse", "hausdorff", "dtw"):
+        moved = "[[0, 100], [500, 100], [1000, 100]]"
+        assert score("trajectory", moved, truth, measure=measure, **options) == pytest.approx(math.exp(-0.5))
 
 
 def test_intervals_of_time():

@@ -19,10 +19,10 @@ import torch
 
 from mmrl.errors import UserError
 from mmrl.types import Prompt, Samples
-from rewards import load_reward, render_child
+from rewards import load_reward, sandbox_child
 from rewards.render import drawing_code
 from rewards.render_likeness import beyond_blank, nearness, ssim
-from rewards.render_sandbox import Limits, Sandbox, isolation
+from rewards.sandbox import Limits, Sandbox, isolation
 
 DRAWN = "\nimport matplotlib.pyplot as plt\nplt.figure(figsize=(1, 1))\nplt.plot([0, 1])\n"
 
@@ -131,7 +131,7 @@ for act in (lambda: open("../secret.txt"), lambda: open("../new.txt", "w"), lamb
         continue
     sys.exit(1)
 """
-    script = Path(render_child.__file__)
+    script = Path(sandbox_child.__file__)
     done = subprocess.run([sys.executable, "-P", "-c", code, script], cwd=tmp_path / "work", capture_output=True)
     if done.returncode == 77:
         pytest.skip("this kernel has no Landlock")

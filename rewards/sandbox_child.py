@@ -1,8 +1,10 @@
-"""Processes in which a model's code draws, started by :mod:`rewards.render_sandbox`. Imports nothing of this project.
+"""Processes in which a model's code draws or scores; :mod:`rewards.sandbox` starts them.
+
+They import nothing of this project.
 
 The first loads the libraries once. For each job, a line of JSON on standard input, it forks a second, which goes to the
-job's folder, gives up what drawing does not need, runs the code and leaves ``picture.png``; then it ends that process
-and answers with a line. What code does to its own process is gone with it.
+job's folder, gives up what the work does not need, runs the code and leaves ``picture.png`` (or ``scores.json``); then
+it ends that process and answers with a line. What code does to its own process is gone with it.
 """
 
 import ctypes
@@ -14,9 +16,10 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
-PICTURE = "picture.png"
+PICTURE, TURNS, SCORES = "picture.png", "turns.npz", "scores.json"
 
 # Linux's Landlock (man 7 landlock): system calls, rights by version of the interface, and flags.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
@@ -151,11 +154,27 @@ def draw_tikz(job: dict) -> None:
     subprocess.run(["pdftoppm", "-png", "-r", "100", "-singlefile", "answer.pdf", "picture"], check=True)
 
 
-DRAW = {"svg": draw_svg, "matplotlib": draw_matplotlib, "tikz": draw_tikz}
+def score_turns(job: dict) -> None:
+    """Python with a function ``reward(state, action, next_state)``: its values for the turns in ``turns.npz``."""
+    import numpy as np
+
+    try:
+        scope = {"__name__": "reward", "np": np}
+        exec(compile(job["code"], "reward.py", "exec"), scope)
+        with np.load(TURNS, allow_pickle=False) as turns:
+            columns = [turns[name] for name in ("states", "actions", "executed", "next_states")]
+        found = {"scores": [float(scope["reward"](s, a[:n], t)) for s, a, n, t in zip(*columns, strict=True)]}
+    except Exception as error:  # noqa: BLE001 - whatever the code raised is what its author has to know
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "reward.py"]
+        found = {"error": f"line {lines[-1]}: {error!r}" if lines else repr(error)}
+    Path(SCORES).write_text(json.dumps(found), encoding="utf-8")
+
+
+WORK = {"svg": draw_svg, "matplotlib": draw_matplotlib, "tikz": draw_tikz, "reward": score_turns}
 
 
 def load(language: str) -> None:
-    """What every drawing needs: libraries and their caches."""
+    """What every job needs: libraries and their caches."""
     if language == "svg":
         import resvg_py  # noqa: F401
     elif language == "matplotlib":
@@ -174,10 +193,18 @@ def load(language: str) -> None:
         plt.close("all")
         random.seed(0)
         np.random.seed(0)
+    elif language == "reward":
+        import random
+        import zipfile  # noqa: F401 - what reading arrays needs
+
+        import numpy as np
+
+        random.seed(0)
+        np.random.seed(0)
 
 
-def draw(job: dict) -> None:
-    """The second process: draw, or fail."""
+def work(job: dict) -> None:
+    """The second process: do the job, or fail."""
     os.setsid()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -189,7 +216,7 @@ def draw(job: dict) -> None:
     if job["language"] != "tikz":
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
         watch()
-    DRAW[job["language"]](job)
+    WORK[job["language"]](job)
 
 
 def serve() -> None:
@@ -203,7 +230,7 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             try:
-                draw(job)
+                work(job)
             finally:
                 # Whatever the code raised or asked to be done at its end.
                 os._exit(0)

@@ -1,4 +1,7 @@
-"""Runs code that draws, written by a model, in a process that can do little else; see ``docs/text-rewards.md``."""
+"""Runs code that draws or scores, written by a model, in a process that can do little else.
+
+What is guaranteed where: ``docs/text-rewards.md``.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mmrl.errors import UserError
 
@@ -26,10 +29,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Language = Literal["svg", "matplotlib", "tikz"]
+Kind = Literal["svg", "matplotlib", "tikz", "reward"]
+Found = TypeVar("Found")
 
 MOST_PIXELS = 4096 * 4096
-LIBRARIES = {"svg": ("resvg_py",), "matplotlib": ("matplotlib", "numpy"), "tikz": ()}
-PROGRAMS = {"svg": (), "matplotlib": (), "tikz": ("pdflatex", "pdftoppm")}
+LIBRARIES = {"svg": ("resvg_py",), "matplotlib": ("matplotlib", "numpy"), "tikz": (), "reward": ("numpy",)}
+PROGRAMS = {"svg": (), "matplotlib": (), "tikz": ("pdflatex", "pdftoppm"), "reward": ()}
+WORK = {kind: f"drawing {kind}" for kind in ("svg", "matplotlib", "tikz")} | {"reward": "running reward code"}
 SAMPLE = {
     "svg": '<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"><rect width="8" height="8"/></svg>',
     "matplotlib": "import matplotlib.pyplot as plt\nplt.plot([0, 1], [0, 1])\nplt.title('a')",
@@ -42,13 +48,13 @@ READABLE += ("/var/lib/texmf", "/var/cache/fontconfig", "/dev/null", "/dev/urand
 
 @dataclass(frozen=True)
 class Limits:
-    """What one drawing may use.
+    """What one piece of code may use.
 
     Attributes:
         seconds: of wall clock, and of processor time.
         memory_mb: address space.
         file_mb: largest file.
-        workers: drawings at a time.
+        workers: pieces at a time.
         confine: whether to refuse to run where the kernel cannot confine the process (Landlock and namespaces).
     """
 
@@ -72,8 +78,8 @@ def isolation() -> tuple[str, ...]:
     return ()
 
 
-class Painter:
-    """One process that draws one picture after the other, see :mod:`rewards.render_child`; replaced when it ends.
+class Worker:
+    """One process that runs one piece of code after the other, see :mod:`rewards.sandbox_child`; replaced when it ends.
 
     Args:
         language: of the code.
@@ -81,12 +87,12 @@ class Painter:
         cache: folder for caches of fonts, which only the process that loads the libraries can write.
     """
 
-    def __init__(self, language: Language, paths: Sequence[str], cache: str):
+    def __init__(self, language: Kind, paths: Sequence[str], cache: str):
         self.language, self.paths, self.cache = language, list(paths), cache
         self.process: subprocess.Popen | None = None
         self.end = lambda: None
 
-    def draw(self, job: dict) -> None:
+    def work(self, job: dict) -> None:
         """Have one job done; one that ended the process, or met its end, gets a second process and no third."""
         for _ in range(2):
             if self.process is None or self.process.poll() is not None:
@@ -103,7 +109,7 @@ class Painter:
 
     def _start(self) -> None:
         # -P: this folder has modules whose names must not hide those of libraries.
-        script = str(Path(__file__).with_name("render_child.py"))
+        script = str(Path(__file__).with_name("sandbox_child.py"))
         self.process = subprocess.Popen(
             [*isolation(), sys.executable, "-E", "-P", "-B", script],
             stdin=subprocess.PIPE,
@@ -117,7 +123,7 @@ class Painter:
         self.end = weakref.finalize(self, _end, self.process)
         self._say({"language": self.language, "paths": self.paths})
         if self.process.stdout.readline() != "ready\n":
-            raise UserError(f"drawing {self.language} does not work on this machine: its libraries could not be loaded")
+            raise UserError(f"{WORK[self.language]} does not work on this machine: its libraries could not be loaded")
 
     def _environment(self) -> dict[str, str]:
         """Nothing of ours but where programs are."""
@@ -136,25 +142,23 @@ def _end(process: subprocess.Popen) -> None:
 
 
 class Sandbox:
-    """Draws pictures from code of one language.
+    """Runs code of one language.
 
     Raises:
         UserError: what the language needs is not installed, or the system cannot confine processes and has to.
     """
 
-    def __init__(self, language: Language, limits: Limits):
+    def __init__(self, language: Kind, limits: Limits):
         absent = [name for name in LIBRARIES[language] if importlib.util.find_spec(name) is None]
         if absent:
-            raise UserError(f"drawing {language} needs the package {', '.join(absent)}: pip install 'mmrl[render]'")
+            raise UserError(f"{WORK[language]} needs the package {', '.join(absent)}: pip install 'mmrl[render]'")
         absent = [name for name in PROGRAMS[language] if shutil.which(name) is None]
         if absent:
             raise UserError(
                 f"drawing {language} needs the program {' and '.join(absent)}, which is not installed on this machine"
             )
         if os.name != "posix":
-            raise UserError(
-                f"drawing {language} from a model's code needs a POSIX system to limit what the code can do"
-            )
+            raise UserError(f"{WORK[language]} from a model needs a POSIX system to limit what the code can do")
         if limits.confine == "required" and not isolation():
             raise UserError(
                 "confine is 'required', but this system does not let processes have a network namespace (unshare -rn)"
@@ -162,9 +166,9 @@ class Sandbox:
         self.language, self.limits = language, limits
         self.cache = tempfile.TemporaryDirectory(prefix="mmrl-fonts-")
         self.paths = sorted({str(Path(_origin(name)).parent) for name in LIBRARIES[language]})
-        self.free: queue.SimpleQueue[Painter] = queue.SimpleQueue()
+        self.free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for _ in range(limits.workers):
-            self.free.put(Painter(language, self.paths, self.cache.name))
+            self.free.put(Worker(language, self.paths, self.cache.name))
         self.checked = False
 
     def draw(self, codes: Sequence[str | None], width: int = 512) -> list[Image | None]:
@@ -187,24 +191,38 @@ class Sandbox:
             return list(pool.map(lambda code: None if code is None else self._one(code, width), codes))
 
     def _one(self, code: str, width: int, seconds: int | None = None) -> Image | None:
-        with tempfile.TemporaryDirectory(prefix="mmrl-draw-") as folder:
-            job = {
-                "language": self.language,
-                "code": code,
-                "folder": folder,
-                "width": width,
+        return self.run({"code": code, "width": width}, lambda folder: _read(folder / "picture.png"), seconds=seconds)
+
+    def run(
+        self,
+        job: Mapping[str, Any],
+        read: Callable[[Path], Found],
+        prepare: Callable[[Path], None] = lambda folder: None,
+        seconds: int | None = None,
+    ) -> Found:
+        """What ``read`` finds in the folder in which a job was done, or had to be stopped.
+
+        Args:
+            job: its ``code``, and what else the language takes.
+            prepare: puts into the folder what the code reads.
+            seconds: in place of the limit.
+        """
+        with tempfile.TemporaryDirectory(prefix="mmrl-work-") as name:
+            folder = Path(name)
+            prepare(folder)
+            limits = {
                 "seconds": seconds or self.limits.seconds,
                 "memory_mb": self.limits.memory_mb,
                 "file_mb": self.limits.file_mb,
                 "confine": self.limits.confine,
                 "readable": [*READABLE, *self.paths, sys.prefix, sys.base_prefix, self.cache.name],
             }
-            painter = self.free.get()
+            worker = self.free.get()
             try:
-                painter.draw(job)
+                worker.work({"language": self.language, "folder": name, **job, **limits})
             finally:
-                self.free.put(painter)
-            return _read(Path(folder, "picture.png"))
+                self.free.put(worker)
+            return read(folder)
 
 
 def _origin(name: str) -> str:
