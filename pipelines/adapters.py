@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmrl.errors import UserError
+from mmrl.errors import UserError, nearest
 from mmrl.policy import Parameters
 from mmrl.seeding import derive_seed
 
@@ -99,11 +99,18 @@ def attach_lora(module: Any, lora: LoRA, name: str) -> None:
             ) from error
 
 
-def train_all(pipe: Any) -> Parameters:
-    """Every weight of every denoiser trains."""
+def train_all(pipe: Any, components: Sequence[str] | None = None) -> Parameters:
+    """Every weight of some components trains, of every denoiser when they are not given.
+
+    Raises:
+        UserError: the pipeline has no such network.
+    """
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     named = {}
-    for component, module in denoisers(pipe).items():
-        module.requires_grad_(True)
+    for component in denoisers(pipe) if components is None else components:
+        if component not in networks:
+            raise UserError(f"pipeline.train: {type(pipe).__name__} has no '{component}'{nearest(component, networks)}")
+        module = networks[component].requires_grad_(True)
         named |= {f"{component}.{name}": parameter for name, parameter in module.named_parameters()}
     return Parameters(named)
 

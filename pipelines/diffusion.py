@@ -62,6 +62,7 @@ class DiffusionPolicy:
         call: extra arguments of the pipeline's call: height, width, guidance_scale...
         log_prob: convention of log-probs; ``auto`` is the published one for the step.
         lora: adapters to train; None trains the whole denoiser.
+        train: without adapters, names of the components whose weights train, such as ``[controlnet]``.
         batch_size: rows per pipeline call.
         same_noise: members of a group start from the same x_T.
         shared_prefix: run the steps before the window once per prompt; needs ``same_noise``.
@@ -94,6 +95,7 @@ class DiffusionPolicy:
         call: dict[str, Any] | None = None,
         log_prob: LogProbKind = "auto",
         lora: LoRA | None = None,
+        train: list[str] | None = None,
         batch_size: Annotated[int, Field(ge=1)] = 8,
         same_noise: bool = False,
         shared_prefix: bool = False,
@@ -108,6 +110,8 @@ class DiffusionPolicy:
         fit_call: dict[str, Any] | None = None,
         fit_time: Literal["auto"] | FitTime = "auto",
     ):
+        if lora is not None and train is not None:
+            raise UserError("pipeline.train names what trains without adapters: leave it out, or set lora to null")
         self.pipe = pipe
         self.seam = Seam(pipe)
         self.kernel = Kernel(check_step(step, noise_level, self.seam), noise_level, log_prob)
@@ -133,7 +137,7 @@ class DiffusionPolicy:
         adapters.freeze(pipe)
         self.negative = None if negative is None else NegativeBranch(pipe, negative)
         self.lora = lora
-        self.parameters = adapters.train_all(pipe) if lora is None else adapters.add_lora(pipe, lora)
+        self.parameters = adapters.train_all(pipe, train) if lora is None else adapters.add_lora(pipe, lora)
         if gradient_checkpointing:
             adapters.enable_gradient_checkpointing(pipe, whole_steps=gradient_checkpointing == "step")
         if vae_tiling:

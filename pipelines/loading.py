@@ -71,22 +71,29 @@ def load_pipeline(
     variant: str | None = None,
     scheduler: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    controlnet: str | None = None,
 ) -> Any:
     """A diffusers pipeline in ``dtype`` from a folder, ``builtin:NAME`` or a hub id; safetensors only.
 
     Args:
+        controlnet: folder or hub id of a ControlNet (arXiv:2302.05543) for a UNet; prompts bring its condition picture.
         scheduler: entries of the scheduler's config to change, e.g. ``{shift: 3.0, use_dynamic_shifting: false}``.
 
     Raises:
         UserError: the model cannot be found, or its scheduler's config has no such entry.
     """
     folder = resolve(model)
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoPipelineForText2Image, ControlNetModel, DiffusionPipeline
 
     try:
         with quiet() if is_small(folder) else contextlib.nullcontext():
-            pipe = DiffusionPipeline.from_pretrained(
+            kind, extra = DiffusionPipeline, {}
+            if controlnet is not None:
+                network = ControlNetModel.from_pretrained(controlnet, torch_dtype=getattr(torch, dtype))
+                kind, extra = AutoPipelineForText2Image, {"controlnet": network}
+            pipe = kind.from_pretrained(
                 folder,
+                **extra,
                 dtype=getattr(torch, dtype),
                 revision=revision,
                 variant=variant,
