@@ -204,8 +204,10 @@ def check(
     if load:
         from mmrl.components import build_policy
 
-        count = build_policy(loaded.pipeline).parameters.count
-        console.print(f"parameters that train: {count:,}", highlight=False)
+        policy = build_policy(loaded.pipeline)
+        console.print(f"parameters that train: {policy.parameters.count:,}", highlight=False)
+        for name, line in policy.overview().items() if hasattr(policy, "overview") else ():
+            console.print(f"{name}: {line}", highlight=False)
     else:
         console.print("parameters that train: known once the model is loaded (mmrl check --load)", highlight=False)
 

@@ -151,7 +151,7 @@ def _evaluation(stage: StageConfig, data: StageData) -> Evaluation | None:
 
 def _overview(config: Config, policy: Policy, device: torch.device) -> dict[str, Any]:
     """What is about to run, for the terminal."""
-    out = {"run": config.run_dir, "model": config.pipeline.options.get("model", config.pipeline.type)}
+    out = {"run": config.run_dir, "model": config.pipeline.options.get("model") or config.pipeline.type}
     for stage in config.stages:
         rewards = ", ".join(reward.shared["name"] for reward in stage.rewards) or "none"
         clip = stage.algorithm.options.get("clip_range")

@@ -116,7 +116,7 @@ class DenoisingHead(ActionHead):
         raise NotImplementedError
 
     def transition(self, context: Any, x: Tensor, index: Tensor, noisy: Tensor, frozen: bool = False):
-        """Mean ``[n, H, D]`` and std of the steps ``index`` ``[n]`` from ``x``; ``noisy`` ``[n]`` is 1 where they have noise.
+        """Mean ``[n, H, D]`` and std of the steps ``index`` ``[n]`` from ``x``, with noise where ``noisy`` is 1.
 
         The std broadcasts against the mean and is without floors. ``frozen`` asks the copy that early steps keep.
         """
