@@ -37,6 +37,8 @@ def step_cost(config: Config, stage: StageConfig) -> dict[str, Any]:
     if "decisions" in algorithm.verbs:
         cost["update forwards"] = samples * each["decisions"] * passes
         cost["reference forwards"] = cost["update forwards"] * references
+    if "complete" in algorithm.verbs:
+        cost["completion forwards"] = samples * each["decisions" if algorithm.completion == "jump" else "complete"]
     if "fit" in algorithm.verbs or ("denoise" in algorithm.verbs and "chain" not in algorithm.verbs):
         rows = samples
         if "rollout" in algorithm.verbs and hasattr(algorithm, "pairs"):

@@ -17,12 +17,13 @@ from mmrl.seeding import derive_seed, generator, prompt_keys
 from mmrl.types import Chain, Decisions, Denoising, Prompt, Rollout, Rows, Samples
 from pipelines import adapters, latents, loading
 from pipelines.adapters import LoRA
+from pipelines.branching import Branching, branched_rollout, shared_states
 from pipelines.guidance import NegativeBranch, NegativeModel
 from pipelines.noising import FitTime, noised_again
 from pipelines.scheduler_seam import Inspect, JumpToX0, Kernel, Replay, Sample, Velocity
 from pipelines.seam import Call, Seam
 from pipelines.step_kernel import LogProbKind, StepKind
-from pipelines.windows import window_steps
+from pipelines.windows import noise_levels, window_steps
 
 
 @dataclass(eq=False)
@@ -33,12 +34,14 @@ class Trace(Rows):
         states: ``[N, P, ...]`` float32 states at ``positions``; the last is the final latent.
         positions: long ``[N, P]``; position p is the state before step p.
         steps: long ``[N, T]``, the step of the sampler that each decision is.
+        noise: float64 ``[N, T]``, the noise level of each.
         seeds: long ``[N]``, of what the pipeline itself draws.
     """
 
     states: Tensor
     positions: Tensor
     steps: Tensor
+    noise: Tensor
     seeds: Tensor
 
     def at(self, position: int) -> Tensor:
@@ -47,6 +50,10 @@ class Trace(Rows):
         if len(columns) == 0:
             raise ValueError(f"the rollout kept states at {self.positions[0].tolist()}, not at {position}")
         return self.states[:, int(columns[0])]
+
+    def kernel(self, kernel: Kernel) -> Kernel:
+        """``kernel`` with the noise levels that were recorded, which all rows must share."""
+        return replace(kernel, noise_level=dict(zip(self.steps[0].tolist(), self.noise[0].tolist(), strict=True)))
 
 
 class DiffusionPolicy:
@@ -57,7 +64,8 @@ class DiffusionPolicy:
         num_steps: sampling steps in training.
         step: kind of the stochastic steps (:mod:`pipelines.step_kernel`); ``ode`` samples without noise and has no
             decisions. On DDPM-type pipelines (SD 1.x, SDXL) ``flow_sde`` and ``ddim`` are DDIM with eta = noise_level.
-        noise_level: strength of the noise.
+        noise_level: strength of the noise: one number, or a list with one for each stochastic step, in order; with a
+            window that moves they move along (noise by the depth of a tree, calibrated noise of DenseGRPO).
         window: which steps are stochastic (:func:`pipelines.windows.window_steps`); the others follow the ODE.
         call: extra arguments of the pipeline's call: height, width, guidance_scale...
         log_prob: convention of log-probs; ``auto`` is the published one for the step.
@@ -66,6 +74,7 @@ class DiffusionPolicy:
         batch_size: rows per pipeline call.
         same_noise: members of a group start from the same x_T.
         shared_prefix: run the steps before the window once per prompt; needs ``same_noise``.
+        branching: samples of a prompt share their first steps, as a tree or a fan (:mod:`pipelines.branching`).
         gradient_checkpointing: recompute activations in the backward pass (the denoiser's blocks and the VAE); with
             ``step``, whole denoising steps, so that the gradient of many steps needs the memory of one.
         vae_tiling: decode pictures in overlapping tiles, one at a time; clips also in overlapping chunks of frames, by
@@ -83,14 +92,16 @@ class DiffusionPolicy:
         UserError: an option does not fit the pipeline.
     """
 
-    verbs = frozenset({"rollout", "decisions", "fit", "denoise", "generate", "chain", "candidates", "means"})
+    verbs = frozenset(
+        {"rollout", "decisions", "fit", "denoise", "generate", "chain", "candidates", "complete", "means", "branches"}
+    )
 
     def __init__(
         self,
         pipe: Any,
         num_steps: Annotated[int, Field(ge=1)] = 10,
         step: StepKind = "flow_sde",
-        noise_level: Annotated[float, Field(ge=0)] = 0.7,
+        noise_level: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(gt=0)]] = 0.7,
         window: str | list[int] | dict[str, Any] = "all",
         call: dict[str, Any] | None = None,
         log_prob: LogProbKind = "auto",
@@ -99,6 +110,7 @@ class DiffusionPolicy:
         batch_size: Annotated[int, Field(ge=1)] = 8,
         same_noise: bool = False,
         shared_prefix: bool = False,
+        branching: Branching | None = None,
         gradient_checkpointing: bool | Literal["step"] = False,
         vae_tiling: bool = False,
         keep_mean: bool = False,
@@ -114,13 +126,16 @@ class DiffusionPolicy:
             raise UserError("pipeline.train names what trains without adapters: leave it out, or set lora to null")
         self.pipe = pipe
         self.seam = Seam(pipe)
-        self.kernel = Kernel(check_step(step, noise_level, self.seam), noise_level, log_prob)
+        self.kernel = Kernel(check_step(step, noise_level, self.seam), 0.0, log_prob)
+        self.noise_level = noise_level
         self.num_steps = num_steps
         self.window = window
-        self.validate(num_steps, step, window, same_noise, shared_prefix)
+        self.validate(num_steps, step, window, same_noise, shared_prefix, None, noise_level, branching)
         self.batch_size = batch_size
         self.same_noise = same_noise
         self.shared_prefix = shared_prefix
+        self.branching = branching
+        self.verbs = self.offers(branching)
         self.keep_mean = keep_mean
         self.keep_states = keep_states
         self.offload_states = offload_states
@@ -153,21 +168,39 @@ class DiffusionPolicy:
         same_noise: bool,
         shared_prefix: bool,
         model: str | None = None,
+        noise_level: float | list[float] = 0.7,
+        branching: Branching | None = None,
         **others: Any,
     ) -> None:
         """Check what needs no model in memory; raises ``UserError``. ``others`` are options that are not looked at."""
         if model is not None:
             loading.resolve(model)
-        if step != "ode":
-            window_steps(window, num_steps)
+        stochastic = () if step == "ode" else window_steps(window, num_steps)
+        noise_levels(noise_level, stochastic)
+        if branching is not None:
+            if step == "ode" or shared_prefix:
+                raise UserError(
+                    "branching needs stochastic steps, and shares the steps before them without shared_prefix"
+                )
+            branching.splits(stochastic)
         if shared_prefix and not same_noise:
             raise UserError("shared_prefix needs same_noise: true, since members of a group share their first steps")
 
     @staticmethod
+    def offers(branching: Any = None, **others: Any) -> frozenset[str]:
+        """The verbs of a policy with these options."""
+        return DiffusionPolicy.verbs if branching else DiffusionPolicy.verbs - {"branches"}
+
+    @staticmethod
     def forwards_per_sample(num_steps: int, step: StepKind, window: Any, **others: Any) -> dict[str, int]:
-        """Network rows that one sample costs per verb, at the first training step and without counting guidance."""
-        decisions = 0 if step == "ode" else len(window_steps(window, num_steps))
-        return {"rollout": num_steps, "decisions": decisions, "fit": 1, "generate": num_steps}
+        """Network rows that one sample costs per verb, at the first training step, without counting guidance.
+
+        Branches are counted as if they shared nothing.
+        """
+        steps = () if step == "ode" else window_steps(window, num_steps)
+        complete = sum(num_steps - s for s in steps)
+        each = {"rollout": num_steps, "decisions": len(steps), "complete": complete}
+        return each | {"fit": 1, "generate": num_steps}
 
     @property
     def counters(self):
@@ -201,6 +234,9 @@ class DiffusionPolicy:
         group, not on the batch it is in.
         """
         stochastic = () if self.kernel.step == "ode" else window_steps(self.window, self.num_steps, step, seed)
+        kernel = replace(self.kernel, noise_level=noise_levels(self.noise_level, stochastic))
+        if self.branching is not None:
+            return branched_rollout(self, self.branching, prompts, group_size, seed, stochastic, kernel)
         keys = list(prompt_keys(prompts))
         rows = [(g, k) for g in range(len(prompts)) for k in range(group_size)]
         starts = [derive_seed(seed, "start", *keys[g], 0 if self.same_noise else k) for g, k in rows]
@@ -210,7 +246,7 @@ class DiffusionPolicy:
             start = stochastic[0]
             x = self._prefix(prompts, starts[::group_size], start).repeat_interleave(group_size, 0)
         group = torch.tensor([g for g, _ in rows])
-        return self._sample([prompts[g] for g, _ in rows], group, starts, noises, stochastic, start, x)
+        return self._sample([prompts[g] for g, _ in rows], group, starts, noises, stochastic, start, x, kernel=kernel)
 
     def decisions(self, rollout: Rollout, steps: Sequence[int] | None = None) -> Decisions:
         """Score recorded steps again, with gradient; each starts at its recorded state.
@@ -221,31 +257,32 @@ class DiffusionPolicy:
         """
         trace: Trace = rollout.trace
         columns = list(range(trace.steps.shape[1]) if steps is None else steps)
-        where = [tuple(row) for row in torch.cat([trace.positions, trace.steps], 1).tolist()]
-
-        def score(rows: list[int]) -> Decisions:
-            part: Rollout = rollout[rows]
-            chosen = [int(part.trace.steps[0, column]) for column in columns]
-            before = [part.trace.at(s).to(self.device) for s in chosen]
-            after = [part.trace.at(s + 1).to(self.device) for s in chosen]
-            plan = Replay(self.kernel, chosen, before, after)
-            seeds = part.trace.seeds.tolist()
-            self.seam.run(part.samples.prompts, self.train, plan, seeds, before[0], torch.is_grad_enabled())
-            per_row = torch.tensor([[c.C for c in plan.coefficients], [c.dt for c in plan.coefficients]])
-            std, dt = per_row.to(self.device)[:, None].expand(2, len(rows), len(chosen))
-            return Decisions(torch.stack(plan.logp, 1), torch.stack(after, 1), torch.stack(plan.mean, 1), std, dt)
-
+        # Samples that share steps do so in other ways in each column.
+        together = [columns] if rollout.branch is None else [[column] for column in columns]
+        where = [tuple(row) for row in torch.cat([trace.positions, trace.steps, trace.noise], 1).tolist()]
         parts, order = [], []
         for rows in self._batches(rollout.samples.prompts, self.train, where):
-            parts.append(score(rows))
+            scored = [self._score(rollout[rows], some) for some in together]
+            parts.append([torch.cat(values, 1) for values in zip(*scored, strict=True)])
             order += rows
         back = torch.tensor(order).argsort().to(self.device)
-        return Decisions(
-            **{
-                name: torch.cat([getattr(part, name) for part in parts])[back]
-                for name in ("logp", "action", "mean", "std", "dt")
-            }
-        )
+        return Decisions(*(torch.cat(values)[back] for values in zip(*parts, strict=True)))
+
+    def _score(self, rollout: Rollout, columns: Sequence[int]) -> tuple[Tensor, ...]:
+        """Fields of the decisions ``columns`` of rows at the same steps; rows that share a state share its forward."""
+        trace: Trace = rollout.trace
+        rows, back = list(range(len(rollout))), None
+        if rollout.branch is not None:
+            rows, back = shared_states(rollout, columns[0])
+        chosen = [int(trace.steps[0, column]) for column in columns]
+        before = [trace.at(s)[rows].to(self.device) for s in chosen]
+        after = [trace.at(s + 1).to(self.device) for s in chosen]
+        plan = Replay(trace.kernel(self.kernel), chosen, before, after, back)
+        prompts, seeds = [rollout.samples.prompts[i] for i in rows], trace.seeds[rows].tolist()
+        self.seam.run(prompts, self.train, plan, seeds, before[0], torch.is_grad_enabled())
+        numbers = torch.tensor([[c.C for c in plan.coefficients], [c.dt for c in plan.coefficients]])
+        std, dt = numbers.to(self.device)[:, None].expand(2, len(rollout), len(chosen))
+        return torch.stack(plan.logp, 1), torch.stack(after, 1), torch.stack(plan.mean, 1), std, dt
 
     def decision_chunks(self, rollout: Rollout) -> list[list[int]]:
         """One denoising step at a time."""
@@ -298,7 +335,8 @@ class DiffusionPolicy:
         clean = self._clean(samples)[:, None]
         count = len(samples)
         none = torch.zeros(count, 0, device=self.device)
-        trace = Trace(clean, torch.full((count, 1), self.num_steps), none.long(), torch.zeros(count, dtype=torch.long))
+        ends, seeds = torch.full((count, 1), self.num_steps), torch.zeros(count, dtype=torch.long)
+        trace = Trace(clean, ends, none.long().cpu(), none.double().cpu(), seeds)
         return Rollout(samples, none, none.bool(), torch.arange(count), trace)
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Samples:
@@ -358,6 +396,27 @@ class DiffusionPolicy:
         back = torch.tensor(order).argsort()
         return _samples(prompts, torch.cat(pictures).float()[back.to(self.device)], rollout.group)
 
+    @torch.no_grad()
+    def complete(self, rollout: Rollout, column: int, jump: bool = False) -> Samples:
+        """Pictures of the states before decision ``column``; see :class:`mmrl.policy.CompletingPolicy`.
+
+        Each costs the forwards of the steps that are left, or one with ``jump``; rows that share a state share them.
+        """
+        rows, back = shared_states(rollout, column)
+        states = rollout[rows]
+        steps = states.trace.steps[:, column]
+        parts, order = [], []
+        for step in steps.unique().tolist():
+            chosen = (steps == step).nonzero().flatten()
+            part = states[chosen]
+            if jump:
+                parts.append(self.jump_to_x0(part, step))
+            else:
+                prompts, seeds, x = part.samples.prompts, part.trace.seeds.tolist(), part.trace.at(step)
+                parts.append(self._sample(prompts, part.group, seeds, seeds, (), step, x).samples)
+            order += chosen.tolist()
+        return Samples.cat(parts)[torch.tensor(order).argsort()[back]]
+
     def branch(self, rollout: Rollout, step: int, copies: int, seed: int) -> Rollout:
         """Continue each row ``copies`` times, with fresh noise, from its recorded state before ``step``.
 
@@ -369,7 +428,9 @@ class DiffusionPolicy:
         noises = [derive_seed(seed, "branch", i, k) for i in range(len(rollout)) for k in range(copies)]
         prompts = [rollout.samples.prompts[i] for i in rows]
         start_seeds = trace.seeds.tolist()
-        return self._sample(prompts, torch.tensor(rows), start_seeds, noises, stochastic, step, trace.at(step))
+        kernel = trace.kernel(self.kernel)
+        x = trace.at(step)
+        return self._sample(prompts, torch.tensor(rows), start_seeds, noises, stochastic, step, x, kernel=kernel)
 
     def candidates(self, rollout: Rollout, column: int, copies: int, seed: int) -> Rollout:
         """One decision taken ``copies`` times anew, as a rollout whose pictures are the estimates right after it.
@@ -381,9 +442,9 @@ class DiffusionPolicy:
         step = int(trace.steps[0, column])
         noises = [derive_seed(seed, "candidate", i, k) for i in range(len(rollout)) for k in range(copies)]
         prompts = [rollout.samples.prompts[i] for i in rows]
-        stretch = Chain(step, step + 2, 0, jump=True)
-        start = trace.at(step)
-        return self._sample(prompts, torch.tensor(rows), trace.seeds.tolist(), noises, (step,), step, start, stretch)
+        stretch, kernel = Chain(step, step + 2, 0, jump=True), trace.kernel(self.kernel)
+        x, starts = trace.at(step), trace.seeds.tolist()
+        return self._sample(prompts, torch.tensor(rows), starts, noises, (step,), step, x, stretch, kernel)
 
     def reference(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the policy is the frozen starting point: the snapshot ``reference``, or LoRA off if there is none."""
@@ -430,8 +491,13 @@ class DiffusionPolicy:
         start: int,
         x: Tensor | None,
         chain: Chain | None = None,
+        kernel: Kernel | None = None,
     ) -> Rollout:
-        """Sample rows from step ``start`` (at ``x``, or at x_T) to the picture, or to the end of a ``chain``."""
+        """Sample rows from step ``start`` (at ``x``, or at x_T) to the picture, or to the end of a ``chain``.
+
+        ``kernel`` has the noise levels of the stochastic steps.
+        """
+        kernel = kernel or self.kernel
         kept = {position for s in stochastic for position in (s, s + 1)}
         everything = self.keep_states == "all" and chain is None
         chain = chain or Chain(start, self.num_steps, 0)
@@ -439,7 +505,7 @@ class DiffusionPolicy:
         parts, order = [], []
         for rows in self._batches(prompts, self.train):
             plan = Sample(
-                self.kernel,
+                kernel,
                 stochastic,
                 [torch.Generator("cpu").manual_seed(noises[i]) for i in rows],
                 start,
@@ -458,11 +524,14 @@ class DiffusionPolicy:
                 latents.to_host(states) if self.offload_states else states,
                 torch.tensor(positions).expand(count, -1),
                 torch.tensor(list(stochastic), dtype=torch.long).expand(count, -1),
+                torch.tensor([kernel.level(s) for s in stochastic], dtype=torch.float64).expand(count, -1),
                 torch.tensor(seeds),
             )
+            std = torch.tensor(plan.std, device=self.device).expand_as(logp)
             mean = torch.stack(plan.mean, 1) if plan.mean else None
             samples = _samples(chosen, pictures.float(), group[rows])
-            parts.append(Rollout(samples, logp, torch.ones_like(logp, dtype=torch.bool), group[rows], trace, mean))
+            mask = torch.ones_like(logp, dtype=torch.bool)
+            parts.append(Rollout(samples, logp, mask, group[rows], trace, mean, std=std))
             order += rows
         return Rollout.cat(parts)[torch.tensor(order).argsort()]
 
@@ -510,7 +579,7 @@ def enable_tiling(pipe: Any) -> None:
         vae.use_framewise_decoding = True
 
 
-def check_step(step: StepKind, noise_level: float, seam: Seam) -> StepKind:
+def check_step(step: StepKind, noise_level: float | list[float], seam: Seam) -> StepKind:
     """The step for this kind of pipeline; raises ``UserError`` for one that it cannot take."""
     if step == "ode":
         return step
@@ -519,9 +588,10 @@ def check_step(step: StepKind, noise_level: float, seam: Seam) -> StepKind:
     if seam.is_flow == (step == "ddim"):
         right = "flow_sde, dance, cps, wan or ode" if seam.is_flow else "ddim or ode"
         raise UserError(f"step '{step}' does not fit {seam.name}: use {right}")
-    if noise_level <= 0:
+    levels = noise_level if isinstance(noise_level, list) else [noise_level]
+    if min(levels) <= 0:
         raise UserError(f"noise_level {noise_level} leaves no noise to explore with: use a positive one, or step: ode")
-    if step in ("cps", "ddim") and noise_level > 1:
+    if step in ("cps", "ddim") and max(levels) > 1:
         raise UserError(f"noise_level {noise_level} is too large for step '{step}': use at most 1")
     return step
 

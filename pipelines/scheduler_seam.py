@@ -11,7 +11,7 @@ import abc
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -39,13 +39,27 @@ class Kernel:
 
     Attributes:
         step: name of the step, see :mod:`pipelines.step_kernel`.
-        noise_level: ``a`` of Flow-SDE and CPS, ``eta`` of Dance and DDIM.
+        noise_level: ``a`` of Flow-SDE and CPS, ``eta`` of Dance and DDIM; one number, or one for each stochastic step
+            by its index.
         log_prob: convention of the log-prob.
     """
 
     step: StepKind
-    noise_level: float
+    noise_level: float | Mapping[int, float]
     log_prob: LogProbKind = "auto"
+
+    def level(self, index: int) -> float:
+        """The noise level of stochastic step ``index``."""
+        return self.noise_level[index] if isinstance(self.noise_level, Mapping) else self.noise_level
+
+    def draw(
+        self, mean: Tensor, c: StepCoefficients, noise: Sequence[torch.Generator], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Next states ``[N, ...]`` around ``mean``, one noise a row, and their log-probs ``[N]``."""
+        z = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in noise]).to(mean.device)
+        # Rounded first: the log-prob is that of the state the pipeline really continues from.
+        x = (mean + c.C * z).to(dtype).float()
+        return x, step_logp(x, mean, c.C, self.log_prob, self.step)
 
 
 @dataclass(frozen=True)
@@ -69,8 +83,8 @@ class FlowGrid:
     def coefficients(self, index: int, kernel: Kernel, stochastic: bool) -> StepCoefficients:
         """The numbers of step ``index``."""
         sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
-        kind = kernel.step if stochastic else "ode"
-        return flow_coefficients(kind, sigma, sigma_next, kernel.noise_level, self.sigmas[1], index == 0)
+        kind, level = (kernel.step, kernel.level(index)) if stochastic else ("ode", 0.0)
+        return flow_coefficients(kind, sigma, sigma_next, level, self.sigmas[1], index == 0)
 
     def prediction(self, output: Tensor) -> Tensor:
         """The velocity ``e - x0`` from what the pipeline hands to the scheduler."""
@@ -123,7 +137,7 @@ class DiffusionGrid:
 
     def coefficients(self, index: int, kernel: Kernel, stochastic: bool) -> StepCoefficients:
         """The numbers of step ``index``; dt is the share of the diffusion's time that the step covers."""
-        eta = kernel.noise_level if stochastic else 0.0
+        eta = kernel.level(index) if stochastic else 0.0
         return ddim_coefficients(self.alphas[index], self.alphas[index + 1], eta, 1 / len(self))
 
     def prediction(self, output: Tensor) -> Tensor:
@@ -219,6 +233,7 @@ class Sample(Plan):
     keep_mean: bool = False
     logp: list[Tensor] = field(default_factory=list)
     mean: list[Tensor] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
     states: dict[int, Tensor] = field(default_factory=dict)
 
     def steps(self, total: int) -> list[int]:
@@ -234,10 +249,9 @@ class Sample(Plan):
         mean = step_mean(*endpoints, c)
         x_next = endpoints[0] if self.jump and index + 1 == self._end else mean
         if stochastic:
-            z = torch.stack([torch.randn(x.shape[1:], generator=g) for g in self.noise]).to(x.device)
-            # Rounded first: the log-prob is that of the state the pipeline really continues from.
-            x_next = (mean + c.C * z).to(dtype).float()
-            self.logp.append(step_logp(x_next, mean, c.C, self.kernel.log_prob, self.kernel.step))
+            x_next, logp = self.kernel.draw(mean, c, self.noise, dtype)
+            self.logp.append(logp)
+            self.std.append(c.C)
             if self.keep_mean:
                 self.mean.append(mean)
         self._keep(index, x)
@@ -257,12 +271,15 @@ class Replay(Plan):
     Attributes:
         chosen: step indices, in any order.
         starts, ends: recorded states before and after each of them, float32 ``[N, ...]``.
+        back: long ``[N]``, which of the ``M`` rows of the run each recorded step starts from, where several start from
+            one; there is one chosen step then, and ``starts`` are ``[M, ...]``.
     """
 
     kernel: Kernel
     chosen: Sequence[int]
     starts: Sequence[Tensor]
     ends: Sequence[Tensor]
+    back: Tensor | None = None
     logp: list[Tensor] = field(default_factory=list)
     mean: list[Tensor] = field(default_factory=list)
     coefficients: list[StepCoefficients] = field(default_factory=list)
@@ -274,10 +291,11 @@ class Replay(Plan):
         done = len(self.logp)
         c = self.grid.coefficients(index, self.kernel, stochastic=True)
         mean = step_mean(*self.grid.endpoints(index, x, output), c)
+        mean = mean if self.back is None else mean[self.back]
         self.logp.append(step_logp(self.ends[done], mean, c.C, self.kernel.log_prob, self.kernel.step))
         self.mean.append(mean)
         self.coefficients.append(c)
-        return self.starts[done + 1] if done + 1 < len(self.starts) else self.ends[done]
+        return self.starts[done + 1] if done + 1 < len(self.starts) else x
 
 
 @dataclass

@@ -17,6 +17,7 @@ _OPTIONS = {
     "last": set(),
     "random": {"within", "contiguous"},
     "progressive": {"every", "stride", "rollback"},
+    "backward": {"every", "stride", "until"},
 }
 
 
@@ -36,6 +37,9 @@ def window_steps(spec: WindowSpec, num_steps: int, step: int = 0, seed: int = 0)
             * ``{"progressive": n, "every": N, "stride": k, "rollback": true}``: a window that starts at step 0 and
               moves by ``stride`` (default 1; ``stride: n`` is without overlap) every ``N`` (default 25) training
               steps; past the end it starts again, or stays there with ``rollback: false`` (MixGRPO, arXiv:2507.21802);
+            * ``{"backward": n, "every": N, "stride": k, "until": m}``: the last n steps; every ``N`` (default 25)
+              training steps ``stride`` (default 1) earlier ones more, until there are m (default all) (B2-DiffuRL,
+              arXiv:2503.11240);
             * a list of step indices.
         num_steps: steps of the sampler.
         step: number of the training step.
@@ -62,7 +66,7 @@ def window_steps(spec: WindowSpec, num_steps: int, step: int = 0, seed: int = 0)
             return tuple(range(usable - count, usable))
         if kind == "random":
             return _random(spec, count, usable, step, seed)
-        return _progressive(spec, count, usable, step)
+        return (_backward if kind == "backward" else _progressive)(spec, count, usable, step)
     steps = list(spec)
     for index in steps:
         if not _is_int(index) or not 0 <= index < usable:
@@ -73,6 +77,21 @@ def window_steps(spec: WindowSpec, num_steps: int, step: int = 0, seed: int = 0)
     if len(set(steps)) != len(steps) or not steps:
         raise UserError(f"window {steps} must name at least one step, each once")
     return tuple(sorted(steps))
+
+
+def noise_levels(noise_level: float | list[float], steps: Sequence[int]) -> dict[int, float]:
+    """The noise level of each stochastic step: one number for all, or a list with one for each, in order.
+
+    Raises:
+        UserError: the list has another length.
+    """
+    if not isinstance(noise_level, list):
+        return dict.fromkeys(steps, noise_level)
+    if len(noise_level) != len(steps):
+        raise UserError(
+            f"noise_level has {len(noise_level)} numbers, but the window has the {len(steps)} steps {list(steps)}"
+        )
+    return dict(zip(steps, noise_level, strict=True))
 
 
 def _is_int(value: Any) -> bool:
@@ -109,12 +128,26 @@ def _random(spec: Mapping[str, Any], count: int, usable: int, step: int, seed: i
     return tuple(sorted((lo + torch.randperm(hi - lo, generator=draw)[:count]).tolist()))
 
 
-def _progressive(spec: Mapping[str, Any], count: int, usable: int, step: int) -> tuple[int, ...]:
+def _pace(spec: Mapping[str, Any]) -> tuple[int, int]:
+    """Training steps between moves, and sampling steps by which a window moves or grows."""
     every, stride = spec.get("every", 25), spec.get("stride", 1)
     for key, value in (("every", every), ("stride", stride)):
         if not _is_int(value) or value < 1:
             raise UserError(f"window {dict(spec)}: '{key}' must be a whole number of at least 1, not {value!r}")
+    return every, stride
+
+
+def _progressive(spec: Mapping[str, Any], count: int, usable: int, step: int) -> tuple[int, ...]:
+    every, stride = _pace(spec)
     last = usable - count
     move = step // every
     start = stride * (move % (last // stride + 1)) if spec.get("rollback", True) else min(stride * move, last)
     return tuple(range(start, start + count))
+
+
+def _backward(spec: Mapping[str, Any], count: int, usable: int, step: int) -> tuple[int, ...]:
+    every, stride = _pace(spec)
+    until = spec.get("until", usable)
+    if not _is_int(until) or not count <= until <= usable:
+        raise UserError(f"window {dict(spec)}: 'until' must be a number from {count} to {usable}, not {until!r}")
+    return tuple(range(usable - min(count + stride * (step // every), until), usable))

@@ -39,6 +39,13 @@ def test_progressive_windows_slide_and_roll_back_as_in_mixgrpo():
     assert apart == [(0, 1), (2, 3), (0, 1), (2, 3)]
 
 
+def test_backward_windows_grow_towards_the_noise_as_in_b2_diffurl():
+    spec = {"backward": 2, "every": 3}
+    assert [len(window_steps(spec, 6, step)) for step in range(13)] == [2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5, 5]
+    assert window_steps(spec, 6, 4) == (2, 3, 4)
+    assert window_steps({**spec, "stride": 2, "until": 3}, 6, 100) == (2, 3, 4)
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -55,6 +62,8 @@ def test_progressive_windows_slide_and_roll_back_as_in_mixgrpo():
         ({"random": 2, "within": [0, 9]}, ["[0, 9]", "[0, 4]"]),
         ({"random": 2, "within": 3}, ["within", "3"]),
         ({"progressive": 2, "every": 0}, ["every", "0"]),
+        ({"backward": 2, "stride": 0}, ["stride", "0"]),
+        ({"backward": 2, "until": 1}, ["until", "from 2 to 4"]),
         ({"first": "two"}, ["first", "two"]),
     ],
 )
