@@ -60,7 +60,8 @@ VARIANTS = {
         "algorithm": {"type": "grpo_guard", "clip_range": 1e-3, "epochs": 2},
     },
     "dpo": {"algorithm": {"type": "dpo", "group_size": 4, "refresh_reference": 2}},
-    "draft": {"algorithm": {"type": "reward_backprop", "grad_steps": 2}},
+    "backprop": {"algorithm": {"type": "alignprop", "distance_coef": 0.1}},
+    "steps": {"algorithm": {"type": "spo", "refresh_reference": 2}},
 }
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from table_policy import TablePolicy, share_right, table_config, table_context, take_step
+from table_policy import TablePolicy, resumes_bit_exactly, share_right, table_config, table_context, take_step
 from tiny_run import tiny_config
 from zoo import ZOO
 
@@ -129,3 +129,7 @@ def test_one_prompt_has_no_mismatched_pair():
     context, algorithm = offline_context()
     with pytest.raises(UserError, match="batch_size to 2"):
         algorithm.collect(context, context.prompts.batch(0)[:1], 0)
+
+
+def test_resume_is_bit_exact(tmp_path):
+    resumes_bit_exactly(tmp_path, {"type": "kto", "source": "online", "beta": 0.5, "refresh_reference": 2})
