@@ -15,6 +15,7 @@ from mmrl.types import Samples
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = [path for kind in ("image", "video", "vlm") for path in sorted(CONFIGS.glob(f"{kind}/*.yaml"))]
+ROBOTS = sorted(CONFIGS.glob("robot/*.yaml"))
 PAGE = (CONFIGS.parent / "docs" / "vlms.md").read_text(encoding="utf-8")
 
 
@@ -34,6 +35,17 @@ def test_recipes_are_accepted(path):
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", config.pipeline.options["model"])
     head = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8")).group()
     assert "arXiv" in head
+
+
+@pytest.mark.parametrize("path", ROBOTS, ids=lambda path: path.stem)
+def test_robot_recipes_are_accepted(path):
+    text = path.read_text(encoding="utf-8")
+    if "pipelines.robot.demonstrations" in text:
+        pytest.importorskip("metaworld")
+    overrides = ["stages.0.data.options.episodes=1"] if "stages:" in text else []
+    for plan in check(load_config(path, overrides)):
+        assert plan.train
+    assert "arXiv" in re.match(r"(#.*\n)+", text).group()
 
 
 def as_model_says(value, factor):
@@ -82,6 +94,11 @@ def test_rows_of_vlm_recipes_suit_their_rewards(path):
 
     wrong = total(["<think>I look.</think><answer>no idea</answer>"] * len(prompts))
     assert (total(right) > wrong + 0.5).all()
+
+
+def test_the_page_lists_the_robot_recipes():
+    page = (CONFIGS.parent / "docs" / "robots.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`robot/(\w+)\.yaml`", page)) == {path.stem for path in ROBOTS}
 
 
 def test_the_page_lists_the_vlm_recipes():

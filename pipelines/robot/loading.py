@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmrl.errors import UserError
+from pipelines.loading import resolve
 
 OPTIONAL = ("value.", "head.noise.", "head.frozen.")
 """Parts that a policy may have beyond those of the folder it starts from."""
@@ -53,10 +54,10 @@ class Clone:
 
 
 def load_clone(folder: str | Path) -> Clone:
-    """Read what :func:`save_clone` wrote; raises ``UserError`` if it is not there."""
+    """Read what :func:`save_clone` wrote, or ``builtin:NAME``; raises ``UserError`` if it is not there."""
     from safetensors.torch import load_file
 
-    folder = Path(folder)
+    folder = Path(resolve(str(folder), "config.json", "robot policy"))
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"pipeline.model: '{folder}' holds no robot policy: it has no {name}")

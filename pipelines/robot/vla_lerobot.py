@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrl.errors import UserError
-from pipelines.robot.networks import Spaces
+from pipelines.robot.networks import Spaces, TimeEmbedding
 
 if TYPE_CHECKING:
     from pipelines.robot.envs import Observation
@@ -81,7 +81,7 @@ class LeRobotEncoder(nn.Module):
             raise UserError(
                 f"pipeline.horizon is {horizon}, but this LeRobot policy plans {size} actions: set it to that"
             )
-        return DenoiseStep(self.policy.model, self.policy.config.max_action_dim)
+        return DenoiseStep(self.policy.model, self.policy.config.max_action_dim, time_width)
 
 
 class LeRobotScale:
@@ -123,11 +123,15 @@ class Given:
 
 
 class DenoiseStep(nn.Module):
-    """``network(context, x, time) -> [n, H, D]`` by the policy's own network, which thinks in more numbers than D."""
+    """``network(context, x, time) -> [n, H, D]`` by the policy's own network, which thinks in more numbers than D.
 
-    def __init__(self, model: nn.Module, width: int):
+    ``time`` embeds times for networks of the noise alone.
+    """
+
+    def __init__(self, model: nn.Module, width: int, time_width: int):
         super().__init__()
         self.model, self.width = model, width
+        self.time = TimeEmbedding(time_width)
 
     def forward(self, context: Given, x: Tensor, time: Tensor) -> Tensor:
         """Velocity for noisy chunks ``x`` at times ``[n]``; what is beyond D stays at its mean, 0."""
