@@ -62,6 +62,10 @@ def open_picture(source: Any) -> Image:
         value = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else _named(value, PICTURE_KEYS)
     if isinstance(value, Tensor):
         return to_pil(value)
+    if not isinstance(value, (str, Path)) and not any(
+        hasattr(value, name) for name in ("read", "__array__", "convert")
+    ):
+        raise UserError(f"a picture is {type(value).__name__}, but should be a path, picture, array or tensor")
     try:
         if hasattr(value, "__array__") and not isinstance(value, Image.Image):
             return Image.fromarray(_bytes(np.asarray(value))).convert("RGB")

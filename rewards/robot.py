@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmrl.errors import UserError
-from mmrl.scoring import reward_name
+from mmrl.scoring import describe_sample, reward_name
 from mmrl.types import Episode, Samples
 
 
@@ -17,6 +17,17 @@ def episodes_of(samples: Samples, name: str) -> list[Episode]:
     if samples.episodes is None:
         raise UserError(f"reward '{name}' scores episodes of an environment, but the samples have none")
     return samples.episodes
+
+
+def pictures_of(samples: Samples, name: str) -> list[Tensor]:
+    """The pictures uint8 ``[C + 1, 3, h, w]`` of each episode; ``UserError`` if there are none."""
+    for row, episode in enumerate(episodes_of(samples, name)):
+        if episode.frames is None:
+            raise UserError(
+                f"reward '{name}' looks at pictures, but {describe_sample(samples, row)} kept none: set "
+                "pipeline.frames to true"
+            )
+    return [episode.frames for episode in samples.episodes]
 
 
 def per_turn(reward: Callable, scores: Tensor, samples: Samples) -> list[list[float]]:

@@ -9,11 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrl.errors import UserError
-from mmrl.scoring import describe_sample
 from mmrl.types import Prompt, Samples
 from rewards.clip import BatchSize
 from rewards.encoders import Backend, Dtype, load_encoder
-from rewards.robot import episodes_of
+from rewards.robot import pictures_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -85,19 +84,12 @@ class GoalSimilarity:
         Raises:
             UserError: the samples are no episodes, have no pictures, or no goal.
         """
-        episodes = episodes_of(samples, self.name)
-        for row, episode in enumerate(episodes):
-            if episode.frames is None:
-                raise UserError(
-                    f"reward '{self.name}' looks at pictures, but {describe_sample(samples, row)} kept none: set "
-                    "pipeline.frames to true"
-                )
-        counts = [len(episode.frames) for episode in episodes]
-        frames = torch.cat([episode.frames for episode in episodes])
+        films = pictures_of(samples, self.name)
+        counts = [len(film) for film in films]
         # In parts, since as real numbers all pictures at once take four times the room.
-        parts = [self.encoder.images(part / 255, self.batch_size) for part in frames.split(self.batch_size)]
+        parts = [self.encoder.images(part / 255, self.batch_size) for part in torch.cat(films).split(self.batch_size)]
         pictures = torch.cat(parts).double().cpu()
-        owner = torch.arange(len(episodes)).repeat_interleave(torch.tensor(counts))
+        owner = torch.arange(len(films)).repeat_interleave(torch.tensor(counts))
         goals = self._texts([self._goal(prompt) for prompt in samples.prompts])[owner]
         return list(self._similarity(pictures, goals).split(counts))
 

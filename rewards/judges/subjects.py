@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
-from mmrl.errors import UserError, nearest
-from mmrl.media import to_pil
+from mmrl.errors import UserError, located, nearest
+from mmrl.media import open_clip, open_picture
 from mmrl.scoring import describe_sample
 from mmrl.types import Prompt, Samples
+from rewards.robot import pictures_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,18 +53,19 @@ class Subject:
 
 
 def modality(samples: Samples, name: str) -> Modality:
-    """What kind of output the samples are; ``UserError`` if a judge cannot look at it."""
-    for kind, output in (("image", samples.images), ("video", samples.videos), ("text", samples.texts)):
+    """What kind of output the samples are, episodes as videos; ``UserError`` if a judge cannot look at it."""
+    kinds = (("image", samples.images), ("video", samples.videos), ("video", samples.episodes), ("text", samples.texts))
+    for kind, output in kinds:
         if output is not None:
             return kind
-    raise UserError(f"reward '{name}' judges images, videos or texts, but the samples have none")
+    raise UserError(f"reward '{name}' judges images, videos, episodes or texts, but the samples have none")
 
 
 def subjects(samples: Samples, frames: int, name: str) -> list[Subject]:
     """One per sample.
 
     Args:
-        frames: how many frames of a clip are looked at, evenly spread from the first to the last.
+        frames: how many frames of a clip or episode are looked at, evenly spread from the first to the last.
         name: of the reward, for messages.
 
     Raises:
@@ -72,7 +75,8 @@ def subjects(samples: Samples, frames: int, name: str) -> list[Subject]:
     if kind == "image":
         shown = [(as_picture(image),) for image in samples.images]
     elif kind == "video":
-        shown = [tuple(as_picture(clip[i]) for i in spread(len(clip), frames)) for clip in samples.videos]
+        clips = samples.videos if samples.videos is not None else pictures_of(samples, name)
+        shown = [tuple(as_picture(_unit(clip[i])) for i in spread(len(clip), frames)) for clip in clips]
     else:
         shown = _shown_to_the_writer(samples, frames, name)
     texts = samples.texts if kind == "text" else [""] * len(samples)
@@ -129,55 +133,40 @@ def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def as_picture(picture: Any, where: str = "picture") -> Picture:
-    """A tensor ``[3, H, W]`` in [0, 1], a PIL picture or the path of a file.
+def as_picture(picture: Any, where: str = "") -> Picture:
+    """A picture in any form that :func:`mmrl.media.open_picture` takes.
 
     Raises:
-        UserError: it is none of these, or cannot be opened; ``where`` begins the message.
+        UserError: it cannot be opened; ``where``, if given, begins the message.
     """
-    from PIL import Image
-
-    if isinstance(picture, Tensor):
-        image = to_pil(picture)
-    elif isinstance(picture, Image.Image):
-        image = picture.convert("RGB")
-    elif isinstance(picture, (str, Path)):
-        try:
-            with Image.open(picture) as opened:
-                image = opened.convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{where}: picture '{picture}' cannot be opened: {error}") from error
-    else:
-        raise UserError(f"{where}: a picture is {type(picture).__name__}, but should be a path, PIL picture or tensor")
+    with located(where) if where else contextlib.nullcontext():
+        image = open_picture(picture)
     digest = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16)
     return Picture(digest.digest(), image)
 
 
 def frames_of(video: Any, count: int, where: str) -> list[Any]:
-    """``count`` frames, evenly spread, of a clip: a sequence of pictures, ``[F, 3, H, W]``, or the path of a file.
+    """``count`` frames, evenly spread, of a clip in any form that :func:`mmrl.media.open_clip` takes.
 
-    GIF and WebP are read by Pillow; other files by transformers, which needs PyAV for it.
+    Files that Pillow cannot read are read by transformers, which needs PyAV for it.
     """
-    if not isinstance(video, (str, Path)):
-        return [video[i] for i in spread(len(video), count)]
-    from PIL import Image, ImageSequence
-
-    if Path(video).suffix.lower() in (".gif", ".webp"):
-        try:
-            with Image.open(video) as opened:
-                found = [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{where}: clip '{video}' cannot be opened: {error}") from error
+    with located(where):
+        found = open_clip(video)
+    if not isinstance(found, str):
         return [found[i] for i in spread(len(found), count)]
-    if not Path(video).is_file():
-        raise UserError(f"{where}: there is no clip '{video}'")
+    from PIL import Image
     from transformers.video_utils import load_video
 
     try:
-        found, _ = load_video(str(video), num_frames=count)
+        frames, _ = load_video(found, num_frames=count)
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f"{where}: clip '{video}' cannot be read: {error}") from error
-    return [Image.fromarray(frame) for frame in found]
+    return [Image.fromarray(frame) for frame in frames]
+
+
+def _unit(frame: Tensor) -> Tensor:
+    """A frame in [0, 1]; those of episodes are bytes."""
+    return frame / 255 if frame.dtype == torch.uint8 else frame
 
 
 def spread(length: int, count: int) -> list[int]:

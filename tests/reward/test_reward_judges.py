@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from mmrl.config import load_config
 from mmrl.errors import UserError
 from mmrl.media import to_pil
 from mmrl.scoring import Scorer
-from mmrl.types import Prompt, Samples
+from mmrl.types import Episode, Prompt, Samples
 from mmrl.world.questions import rows
 from rewards import load_reward
 from rewards.judges.local import load_vlm
@@ -158,6 +159,12 @@ def test_frames_of_a_clip_and_pictures_of_a_prompt(folder, plain):
     question = "These are frames of a video in order. Does the video show fog? Answer yes or no."
     expected = choice(plain, reward, reward.yes_ids, reward.no_ids, *[to_pil(clip[i]) for i in (0, 3, 6)], question)
     assert reward(Samples([Prompt("fog")], videos=clip[None])).item() == pytest.approx(expected, abs=1e-6)
+    film = (clip * 255).round().to(torch.uint8)
+    turns = torch.ones(6, dtype=torch.long)
+    episode = Episode(torch.zeros(6, 1), turns, torch.zeros(6, 1, 1), False, True, frames=film)
+    assert reward(Samples([Prompt("fog")], episodes=[episode])).item() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(UserError, match="kept none"):
+        reward(Samples([Prompt("fog")], episodes=[replace(episode, frames=None)]))
     samples = texts_of_one_picture("a cat", "a dog")
     expected = [
         choice(
@@ -438,8 +445,8 @@ def test_what_a_prompt_shows(tmp_path):
     assert shown == [(0, 255, 0), (255, 0, 0), (0, 0, 255), (0, 0, 255)]
     (tmp_path / "g.png").write_bytes(b"\x89PNG broken")
     for broken, said in (
-        (prompt, "here: picture '.*g.png' cannot be opened"),
-        (Prompt("a", images=[tmp_path / "none.png"]), "here: picture '.*none.png' cannot be opened"),
+        (prompt, "here: '.*g.png' is not a picture"),
+        (Prompt("a", images=[tmp_path / "none.png"]), "here: there is no picture '.*none.png'"),
         (Prompt("a", images=[3]), "here: a picture is int"),
         (Prompt("a", videos=[tmp_path / "none.mp4"]), "here: there is no clip"),
         (
@@ -467,9 +474,9 @@ def test_bad_options_and_samples_are_named(folder, clip_folder, tmp_path):
     reward = load_reward("judge_pair", model=folder)
     with pytest.raises(UserError, match="compares the samples of a group"):
         reward(Samples([Prompt("a")], images=smooth_images(1, 40, 40)))
-    with pytest.raises(UserError, match="judges images, videos or texts"):
-        reward(Samples([Prompt("a")], episodes=[1], group=torch.tensor([0])))
-    with pytest.raises(UserError, match=r"sample 0 \(prompt 'r:1': a\): picture 'none.png' cannot be opened"):
+    with pytest.raises(UserError, match="judges images, videos, episodes or texts"):
+        reward(Samples([Prompt("a")], group=torch.tensor([0])))
+    with pytest.raises(UserError, match=r"sample 0 \(prompt 'r:1': a\): there is no picture 'none.png'"):
         load_reward("judge_yes", model=folder)(Samples([Prompt("a", id="r:1", images=["none.png"])], texts=["b"]))
 
 

@@ -106,7 +106,7 @@ def test_everything_that_rewards_see_arrives():
             r"sample 0 \(prompt 'r:1': a\): target is object, which cannot be sent",
         ),
         (Prompt("a", metadata={"x": [1, {2}]}), r"metadata.x\[1\] is set"),
-        (Prompt("a", images=["none.png"]), "picture 'none.png' cannot be opened"),
+        (Prompt("a", images=["none.png"]), "there is no picture 'none.png'"),
     ],
 )
 def test_what_cannot_be_sent_is_named(prompt, said):
