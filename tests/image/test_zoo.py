@@ -231,6 +231,18 @@ def test_backprop_through_the_last_step(case: Case) -> None:
     assert_useful(gradient_norm(case, media(samples).std()))
 
 
+@torch.no_grad()
+def test_chains_start_from_noise_from_states_and_from_clean_outputs(case: Case) -> None:
+    prompts = case.rollout.samples.prompts[::2]
+    seeds = [1, 2][: len(prompts)]
+    made = case.policy.chain(prompts, seeds, Chain(0, STEPS, 0))
+    again = case.policy.chain(prompts, seeds, Chain(0, STEPS, 0), case.policy.start(prompts, seeds))
+    assert torch.equal(media(made.samples), media(again.samples))
+    cleaned = case.policy.chain(prompts, seeds, Chain(STEPS - 1, STEPS, 0), made)
+    assert torch.isfinite(media(cleaned.samples)).all()
+    assert not torch.equal(media(cleaned.samples), media(made.samples))
+
+
 @pytest.mark.parametrize("name", [*ZOO, "Flux2", "Mochi", "WanTwoExperts"])
 def test_bf16_weights_replay_exactly(name: str) -> None:
     """The usual way to train a large model: bf16 weights and activations, autocast, checkpointing."""
