@@ -87,11 +87,11 @@ REWARDS: dict[str, tuple[str, str]] = {
         "rewards.geometry_points:PointDistance",
         "how near the points in an answer are to the true ones",
     ),
+    "point_in_box": ("rewards.geometry_points:PointInBox", "share of the points in an answer that lie in the true box"),
     "point_in_region": (
         "rewards.geometry_regions:PointInRegion",
         "share of the points in an answer that lie in the true polygon or mask (Embodied-R1)",
     ),
-    "point_in_box": ("rewards.geometry_points:PointInBox", "share of the points in an answer that lie in the true box"),
     "remote": ("rewards.remote:Remote", "a reward that runs on another machine or in another process, over HTTP"),
     "render": ("rewards.render:Render", "likeness of the picture that an answer's code draws: SVG, matplotlib, TikZ"),
     "repetition": ("rewards.text_shape:Repetition", "minus the share of repeated n-grams"),
