@@ -234,23 +234,25 @@ class Scorer:
     def compare(self, a: Samples, b: Samples, step: int = 0) -> Tensor:
         """Weighted mean ``[N]`` of the rewards' comparisons, row by row: 1 where a is better, 0 where b is.
 
-        A reward that can compare has ``compare(a, b)``.
+        A reward that can compare has ``compare(a, b)``; one of negative weight counts the other way round. NaN where no
+        reward applies.
 
         Raises:
             UserError: a reward of the sum cannot.
             RewardError: not one number from 0 to 1 for each row.
         """
-        total, weights = torch.zeros(len(a)), 0.0
+        total, weights = torch.zeros(len(a)), torch.zeros(len(a))
         for name, term in self.terms.items():
-            weight = at_step(term.weight, step)
-            if weight == 0:
+            weight, rows = at_step(term.weight, step), _rows_of(term, a)
+            if weight == 0 or not rows:
                 continue
             if not hasattr(term.reward, "compare"):
                 raise UserError(f"reward '{name}' cannot compare two samples; judge_pair can")
-            found = as_scores(name, term.reward.compare(a, b), a).cpu()
+            found = as_scores(name, term.reward.compare(a[rows], b[rows]), a[rows]).cpu()
             if ((found < 0) | (found > 1)).any():
                 raise RewardError(f"reward '{name}' gave {found.tolist()}, but a comparison is a number from 0 to 1")
-            total, weights = total + weight * found, weights + weight
+            total[rows] += abs(weight) * (found if weight > 0 else 1 - found)
+            weights[rows] += abs(weight)
         return total / weights
 
     def turns(self, samples: Samples, step: int = 0) -> list[list[float]] | None:

@@ -17,6 +17,8 @@ from mmrl.config import parse_config
 from mmrl.data import PromptSampler
 from mmrl.errors import UserError
 from mmrl.pair_losses import PAIR_LOSSES
+from mmrl.scoring import Scorer, Term
+from mmrl.types import Samples
 from pipelines import DiffusionPolicy
 
 ROWS = [
@@ -162,6 +164,25 @@ def test_pairs_that_a_reward_compares():
     # Log-odds of a sigmoid are its argument.
     assert torch.allclose(pairs.margin, (lengths[0] - lengths[1]).float().clamp(max=13.8), atol=0.2)
     assert "reward/mean" not in context.tally.result()
+
+
+def test_comparisons_are_weighted_turned_and_routed():
+    def fixed(value, **options):
+        reward = Longer()
+        reward.compare = lambda a, b: torch.full((len(a),), value)
+        return Term(reward, **options)
+
+    rows = Samples([Prompt("x", task=task) for task in ("one", "two", "three")], texts=["a", "b", "c"])
+    scorer = Scorer(
+        [
+            fixed(1.0, name="a", weight=3.0, tasks=["one"]),
+            fixed(0.2, name="b", weight=-1.0, tasks=["one", "two"]),
+            fixed(1.0, name="c", weight=0.0),
+        ]
+    )
+    found = scorer.compare(rows, rows)
+    assert found[:2].tolist() == pytest.approx([(3 * 1.0 + 0.8) / 4, 0.8])
+    assert found[2].isnan()
 
 
 def test_soft_labels_weigh_both_orders_by_the_margin():

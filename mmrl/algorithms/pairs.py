@@ -89,7 +89,7 @@ def _compared(context: Context, rollout: Rollout, group: Tensor, step: int) -> t
     second = torch.cat([rows[1::2] for rows in members])
     with context.clock("reward"):
         better = context.scorer.compare(rollout.samples[first], rollout.samples[second], step).cpu()
-    decided = better != 0.5
+    decided = (better != 0.5) & ~better.isnan()
     first, second, better = first[decided], second[decided], better[decided]
     won = better > 0.5
     margin = torch.maximum(better, 1 - better).logit(eps=1e-6)
