@@ -31,8 +31,15 @@ GUIDANCE_OFF = {
     "ZImageOmniPipeline": {"guidance_scale": 0.0},
     "Krea2Pipeline": {"guidance_scale": 0.0},
 }
-# ... and the pipelines whose code takes one row a call.
-ONE_ROW = {"QwenImageEditPlusPipeline", "LTXImageToVideoPipeline", "HunyuanVideo15Pipeline"}
+# ... the pipelines whose code takes one row a call ...
+ONE_ROW = {
+    "QwenImageEditPlusPipeline",
+    "LTXImageToVideoPipeline",
+    "CogVideoXImageToVideoPipeline",
+    "HunyuanVideo15Pipeline",
+}
+# ... and those whose code fails without a step.
+NEEDS_A_STEP = {"LatentConsistencyModelPipeline"}
 
 IMAGE_CACHE = 64
 
@@ -124,6 +131,11 @@ class Seam:
         return hasattr(self.base, "sigmas")
 
     @property
+    def is_consistency(self) -> bool:
+        """A latent consistency model, whose sampler adds noise again in each step."""
+        return self.base.config.get("timestep_scaling") is not None
+
+    @property
     def device(self) -> torch.device:
         """Where the denoiser lives."""
         return next(next(iter(denoisers(self.pipe).values())).parameters()).device
@@ -146,11 +158,15 @@ class Seam:
         distilled = any(getattr(module.config, "guidance_embeds", False) for module in denoisers(self.pipe).values())
         return {} if distilled or "guidance_scale" not in self.arguments else {"guidance_scale": 1.0}
 
+    def inspection(self) -> Inspect:
+        """A plan that runs as little of the pipeline as can be."""
+        return Inspect(int(self.name in NEEDS_A_STEP))
+
     def inspect(self, prompt: Prompt, call: Call) -> Facts:
         """Grid and shapes of ``prompt`` under ``call``; computed once."""
         key = (prompt.text, _identity(prompt), id(call))
         if key not in self._facts:
-            plan = Inspect()
+            plan = self.inspection()
             seen: dict[str, Any] = {"texts": []}
             self.run([prompt], call, plan, [0], seen=seen)
             self._facts[key] = Facts(plan.grid, seen["latents"].shape[1:], tuple(seen["texts"]), prompt)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from mmrl.errors import UserError, nearest
 from mmrl.seeding import derive_seed
+from mmrl.types import Prompt
 from mmrl.world.drawing import draw
 from mmrl.world.scenes import COLOURS, SHAPES, Object, Scene
 
-FRAMES = 9
+FRAMES = 5
 SIDE = 16
 
 DIRECTIONS: Mapping[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -100,8 +101,8 @@ def clips(
     mistold: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     untold: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     seed: Annotated[int, Field(ge=0)] = 0,
-) -> Iterator[dict[str, Any]]:
-    """Rows of the training split for supervised training: the target is a clip ``[FRAMES, 3, SIDE, SIDE]``.
+) -> Iterator[Prompt]:
+    """Prompts of the training split for supervised training: the target is a clip ``[FRAMES, 3, SIDE, SIDE]``.
 
     Args:
         count: how many.
@@ -118,7 +119,7 @@ def clips(
             text = told[rng.integers(count)]["text"]
         if rng.random() < untold:
             text = ""
-        yield {"text": text, "id": f"clip-{seed}-{k}", "target": film([place(row["target"], rng)])[0]}
+        yield Prompt(text, id=f"clip-{seed}-{k}", target=film([place(row["target"], rng)])[0])
 
 
 def check_target(target: Any, place: str) -> None:

@@ -50,6 +50,8 @@ EXTRA: dict[str, Callable[[], Entry]] = {
     "LTXImageToVideo": extra_videos.ltx_image_to_video,
     "SanaVideo": extra_videos.sana_video,
     "SkyReelsV2": extra_videos.skyreels_v2,
+    "WanImageToVideoTwoExperts": extra_videos.wan_image_to_video_two_experts,
+    "CogVideoXImageToVideo": extra_videos.cogvideox_image_to_video,
     "LatentConsistency": extra_images.latent_consistency,
     "PixArtSigma": extra_images.pixart_sigma,
     "StableAudio": extra_images.stable_audio,

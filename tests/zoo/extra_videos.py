@@ -227,3 +227,25 @@ def skyreels_v2() -> Entry:
         "max_sequence_length": 16,
     }
     return finish(diffusers.SkyReelsV2Pipeline(**parts), call=call)
+
+
+def wan_image_to_video_two_experts() -> Entry:
+    """Wan 2.2 A14B from a picture: two experts, and no image encoder."""
+    pipe = diffusers.WanImageToVideoPipeline(
+        **wan_parts(in_channels=12),
+        transformer_2=wan_parts(in_channels=12)["transformer"],
+        image_encoder=None,
+        image_processor=None,
+        boundary_ratio=0.9,
+    )
+    call = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 3.0, "max_sequence_length": 16}
+    return finish(pipe, call=call | {"negative_prompt": "blurry"}, inputs={"image": picture(32)})
+
+
+def cogvideox_image_to_video() -> Entry:
+    parts = cogvideox().pipe.components
+    parts["transformer"] = diffusers.CogVideoXTransformer3DModel(
+        **{**parts["transformer"].config, "in_channels": 8, "use_learned_positional_embeddings": False}
+    )
+    call = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 3.0, "max_sequence_length": 16}
+    return finish(diffusers.CogVideoXImageToVideoPipeline(**parts), call=call, inputs={"image": picture(32)})
