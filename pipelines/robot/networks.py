@@ -2,8 +2,8 @@
 
 An *encoder* is a module ``encoder(observation) -> context`` with an attribute ``context_dim``. The context is a float
 tensor ``[n, context_dim]``, or anything else with rows that the action head at hand can take (it must offer
-``repeat_interleave(k, 0)`` like a tensor, and ``pooled()`` as a tensor for value heads). It is computed once for each
-turn, however many denoising steps follow. An encoder may bring networks of its own for action heads:
+``repeat_interleave(k, 0)`` like a tensor, and ``pooled()`` as a tensor for networks that are MLPs). It is computed once
+for each turn, however many denoising steps follow. An encoder may bring networks of its own for action heads,
 ``chunk_network(horizon, action_dim, time_width)`` in the place of :class:`ChunkNetwork`, and ``token_network``; and a
 ``scale`` in the place of :class:`pipelines.robot.normalise.ActionScale`.
 """
@@ -136,9 +136,9 @@ class NoiseNetwork(nn.Module):
         self.shape = (horizon, action_dim)
         self.low, self.high = (2 * math.log(bound) for bound in bounds)
 
-    def forward(self, context: Tensor, embedded_time: Tensor) -> Tensor:
+    def forward(self, context: Any, embedded_time: Tensor) -> Tensor:
         """Standard deviations ``[n, H, D]`` from a context and an embedding of the time ``[n, time_width]``."""
-        out = self.layers(torch.cat([context, embedded_time.detach()], 1)).unflatten(1, self.shape)
+        out = self.layers(torch.cat([pooled(context), embedded_time.detach()], 1)).unflatten(1, self.shape)
         return torch.exp(0.5 * (self.low + (self.high - self.low) * (out.tanh() + 1) / 2))
 
 
@@ -150,5 +150,9 @@ class ValueNetwork(nn.Module):
         self.layers = mlp([context_dim, *hidden, 1])
 
     def forward(self, context: Any) -> Tensor:
-        features = context if isinstance(context, Tensor) else context.pooled()
-        return self.layers(features.detach())[:, 0]
+        return self.layers(pooled(context).detach())[:, 0]
+
+
+def pooled(context: Any) -> Tensor:
+    """A context as one tensor ``[n, context_dim]``."""
+    return context if isinstance(context, Tensor) else context.pooled()

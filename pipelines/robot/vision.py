@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,17 +116,6 @@ class Backbone(nn.Module):
             processor = AutoImageProcessor.from_pretrained(model)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"vision backbone '{model}' cannot be loaded: {error}") from error
-        self._set(network, processor, freeze)
-
-    @classmethod
-    def of(cls, network: Any, processor: Any, freeze: bool = True) -> Backbone:
-        """From a model and an image processor in memory."""
-        made = cls.__new__(cls)
-        nn.Module.__init__(made)
-        made._set(network, processor, freeze)
-        return made
-
-    def _set(self, network: Any, processor: Any, freeze: bool) -> None:
         network = getattr(network, "vision_model", network)
         config = getattr(network.config, "vision_config", network.config)
         if network.main_input_name != "pixel_values" or getattr(config, "image_size", None) is None:

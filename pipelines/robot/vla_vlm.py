@@ -87,7 +87,15 @@ class VLMEncoder(nn.Module):
         self.context_dim = self.memory.width + state_dim
 
     def forward(self, observation: Observation) -> Prefix:
-        """The prefix of n observations: their keys and values in every layer; equal ones run once."""
+        """The prefix of n observations: their keys and values in every layer; equal ones run once.
+
+        Raises:
+            UserError: there is no instruction, or the family does not keep what action tokens need.
+        """
+        if observation.instruction is None:
+            raise UserError(
+                "network 'vlm' reads an instruction, but the environment gives none: set env_options.instruction"
+            )
         seen: dict[tuple[str, bytes], Prompt] = {}
         keys = []
         for image, text in zip(observation.image.cpu(), observation.instruction, strict=True):
@@ -105,7 +113,7 @@ class VLMEncoder(nn.Module):
         return Prefix(states[place], mask[place] > 0, state, following.to(mask.device)[place])
 
     def _flat(self, cache: Any, mask: Tensor) -> Tensor:
-        """Keys and values as ``[n, L, S, M]``."""
+        """Keys and values as ``[n, L, S, M]``, float32 whatever the model is."""
         _, heads, head_dim = self.kept
         layers = [(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None]
         shape = (len(mask), heads, mask.shape[1], head_dim)
@@ -114,13 +122,13 @@ class VLMEncoder(nn.Module):
                 f"{type(self.model).__name__} does not keep keys and values of one size for every token in every "
                 "layer, which action tokens would attend to: choose a family with full attention, such as Qwen2.5-VL"
             )
-        return torch.stack([torch.stack(layer).permute(1, 3, 0, 2, 4).flatten(2) for layer in layers], 1)
+        return torch.stack([torch.stack(layer).permute(1, 3, 0, 2, 4).flatten(2) for layer in layers], 1).float()
 
     def cache(self, prefix: Prefix) -> Any:
         """The cache that a prefix was made of, for the model's own layers to go on from."""
         from transformers import DynamicCache
 
-        parts = prefix.states.unflatten(3, self.kept).permute(1, 3, 0, 4, 2, 5)
+        parts = prefix.states.to(self.network.dtype).unflatten(3, self.kept).permute(1, 3, 0, 4, 2, 5)
         return DynamicCache(ddp_cache_data=[(layer[0], layer[1]) for layer in parts])
 
     def chunk_network(self, horizon: int, action_dim: int, time_width: int) -> FlowExpert:
@@ -174,12 +182,12 @@ class OwnTokens(nn.Module):
             given = self.places.expand(len(context), -1, -1)
         else:
             said = network.model.get_input_embeddings()(tokens + self.first)
-            given = torch.cat([self.places[:1].expand(len(context), -1, -1).to(said), said], 1)
+            given = torch.cat([self.places[:1].expand(len(context), -1, -1), said], 1)
         count = given.shape[1]
         network.counters["forward_tokens"] += len(context) * count
         places = context.following[:, :, None] + torch.arange(count, device=given.device)
         output = network.text_model(
-            inputs_embeds=given.to(context.states.dtype),
+            inputs_embeds=given.to(network.dtype),
             attention_mask=seen_by(context.mask, count, causal=tokens is not None),
             position_ids=position_ids(places),
             past_key_values=encoder.cache(context),

@@ -1,5 +1,7 @@
 """Networks for pictures and instructions: what the prefix is, that it is computed once, and that replays agree."""
 
+import importlib.util
+
 import pytest
 import torch
 from zoo.vlms import build_vlm
@@ -12,6 +14,7 @@ from pipelines.robot.networks import Spaces
 from pipelines.robot.policy import RobotPolicy
 from pipelines.robot.vision import Backbone, ConvStem, Layer
 from pipelines.robot.vla import SceneEncoder
+from pipelines.robot.vla_lerobot import LeRobotEncoder
 from pipelines.robot.vla_vlm import VLMEncoder
 from pipelines.vlm.loading import LoadedVLM
 
@@ -46,6 +49,8 @@ CASES = {
     "scene, parallel": (scene, TOKENS),
     "scene, one by one": (scene, ONE_BY_ONE),
     "scene, flow": (scene, FLOW),
+    "scene, learned noise": (scene, {**FLOW, "learned_std": [0.05, 0.2]}),
+    "scene, gaussian": (scene, {"type": "gaussian"}),
     "scene, pooled flow": (lambda: scene(pool=True), FLOW),
     "vlm, parallel": (lambda: vlm(actions="tokens"), TOKENS),
     "vlm, one by one": (lambda: vlm(actions="tokens"), ONE_BY_ONE),
@@ -139,6 +144,39 @@ def test_families_that_forget_tokens_are_refused():
         made(make_envs("planar:reach", 1).reset([0]))
     with pytest.raises(UserError, match=r"network.actions is 'tokens', which only the action head 'tokens' can take"):
         policy(vlm(actions="tokens"), FLOW)
+
+
+def test_half_precision_and_adapters_work():
+    from pipelines.vlm.training import VLMLoRA
+
+    model, processor = build_vlm("qwen2_5_vl")
+    loaded = LoadedVLM(model.to(torch.bfloat16), processor)
+    for head, actions in ((FLOW, "expert"), (TOKENS, "tokens")):
+        made = policy(VLMEncoder(SPACES, loaded, actions=actions), head, envs=2)
+        rollout = made.rollout(starts(1), 2, seed=0)
+        assert torch.isfinite(made.decisions(rollout).logp).all()
+    made = policy(vlm(lora=VLMLoRA(rank=2)), FLOW, envs=2)
+    names = [name for name in made.parameters.named if name.startswith("encoder.")]
+    assert names
+    assert all("lora_" in name for name in names)
+    made.decisions(made.rollout(starts(1), 2, seed=0)).logp.sum().backward()
+    assert any(made.parameters.named[name].grad.abs().sum() > 0 for name in names)
+
+
+def test_a_picture_and_an_instruction_have_to_be_there():
+    with pytest.raises(UserError, match=r"network 'scene' reads pictures, but the environment shows none"):
+        SceneEncoder(Spaces(2, None, 2))
+    with pytest.raises(UserError, match=r"network 'vlm' reads pictures, but the environment shows none"):
+        VLMEncoder(Spaces(2, None, 2), "nowhere")
+    with pytest.raises(UserError, match=r"gives none: set env_options.instruction"):
+        vlm()(Observation(torch.zeros(1, 2), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)))
+
+
+def test_lerobot_is_asked_for_by_name():
+    if importlib.util.find_spec("lerobot"):
+        pytest.skip("LeRobot is installed")
+    with pytest.raises(UserError, match=r"network 'lerobot' needs the package lerobot"):
+        LeRobotEncoder(SPACES, "lerobot/smolvla_base")
 
 
 def test_a_row_does_not_depend_on_its_batch():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ from pipelines.robot.heads.base import (
     chunk_logp,
     live_actions,
 )
-from pipelines.robot.networks import mlp
+from pipelines.robot.networks import mlp, pooled
 from pipelines.step_kernel import gaussian_log_density
 
 Positive = Annotated[float, Field(gt=0)]
@@ -57,9 +57,9 @@ class GaussianHead(ActionHead):
         self.elements_per_decision = log_std.numel() if over_actions == "sum" else 1
         self.verbs = frozenset({"means"} if over_actions == "mean" and not train_std else ())
 
-    def transition(self, context: Tensor) -> tuple[Tensor, Tensor]:
+    def transition(self, context: Any) -> tuple[Tensor, Tensor]:
         """Mean ``[n, H, D]`` and std ``[H, D]``."""
-        mean = self.network(context).unflatten(1, (self.shape.horizon, self.shape.action_dim))
+        mean = self.network(pooled(context)).unflatten(1, (self.shape.horizon, self.shape.action_dim))
         return mean, self.log_std.clamp(*self.bounds).exp()
 
     def draw(self, turns: int, generator: torch.Generator, deterministic: bool = False) -> Tensor:
