@@ -37,12 +37,17 @@ def step_cost(config: Config, stage: StageConfig) -> dict[str, Any]:
     if "decisions" in algorithm.verbs:
         cost["update forwards"] = samples * each["decisions"] * passes
         cost["reference forwards"] = cost["update forwards"] * references
+    if "candidates" in algorithm.verbs:
+        # Each takes its step, and one more that shows where it leads.
+        cost["candidate forwards"] = samples * algorithm.steps_per_rollout * algorithm.candidates * 2
+        cost["update forwards"] = samples * algorithm.steps_per_rollout * 2 * passes
+        cost["reference forwards"] = cost["update forwards"]
     if "complete" in algorithm.verbs:
         cost["completion forwards"] = samples * each["decisions" if algorithm.completion == "jump" else "complete"]
     if "fit" in algorithm.verbs or ("denoise" in algorithm.verbs and "chain" not in algorithm.verbs):
         rows = samples
         if "rollout" in algorithm.verbs and hasattr(algorithm, "pairs"):
-            rows = stage.data.batch_size * 2 * (algorithm.group_size // 2 if algorithm.pairs == "ranked" else 1)
+            rows = stage.data.batch_size * 2 * (1 if algorithm.pairs == "best_worst" else algorithm.group_size // 2)
         draws = getattr(algorithm, "fits_per_sample", getattr(algorithm, "noise_draws", 1))
         cost["update forwards"] = int(rows * each["fit"] * passes * draws)
         cost["reference forwards"] = cost["update forwards"] * references

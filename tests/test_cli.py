@@ -128,6 +128,8 @@ def test_cost_of_a_step(place):
     assert cost("algorithm={type: dpo, pairs: ranked, group_size: 6}")["update forwards"] == 2 * 6
     backprop = cost("algorithm={type: reward_backprop, grad_steps: 2}")
     assert (backprop["sampling forwards"], backprop["of these with gradient"]) == (8, 4)
+    steps = cost("algorithm={type: spo, candidates: 3, steps_per_rollout: 2}")
+    assert (steps["rollout forwards"], steps["candidate forwards"], steps["update forwards"]) == (8, 24, 8)
 
 
 @pytest.mark.parametrize(

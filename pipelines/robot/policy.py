@@ -220,10 +220,8 @@ class RobotPolicy:
             self.statistics.add(torch.cat([episode.states for episode in samples.episodes]))
         return rollout
 
-    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], grad_steps: int = 0) -> Samples:
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Samples:
         """One episode per start by the deterministic sampler, whose only chance is the noise that chunks start from."""
-        if grad_steps:
-            raise UserError("environments carry no gradient: grad_steps needs a diffusion pipeline")
         turns = self.max_turns
         draws = [self.head.draw(turns, generator(seed, "sample"), deterministic=True) for seed in seeds]
         return self._play(prompts, torch.stack(draws), True)[0]
