@@ -268,7 +268,7 @@ class _RowReader:
             images=self._images(taken.get("images"), place),
             videos=self._videos(taken.get("videos"), place),
             messages=messages,
-            target=taken.get("target"),
+            target=self._target(taken.get("target"), place),
             task=str(taken.get("task") or ""),
             inputs={name: self._input(name, value, place) for name, value in inputs.items()},
             metadata={name: self._other(name, value, place) for name, value in row.items() if name not in used},
@@ -283,6 +283,11 @@ class _RowReader:
         if _ends(value, CLIPS):
             return self._videos(value, place)[0]
         return self._picture(value, place) if _ends(value, PICTURES) else value
+
+    def _target(self, value: Any, place: str) -> Any:
+        """A target that names a picture or a clip beside the rows is that file; other text is an answer."""
+        medium = _ends(value, PICTURES) or _ends(value, CLIPS)
+        return self._other(OUTPUTS[0], value, place) if medium and (self.folder / value).is_file() else value
 
     def _column(self, place: str, row: Mapping, field: str, names: Sequence[str]) -> str | None:
         if field in self.columns:

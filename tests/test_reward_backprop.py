@@ -1,9 +1,11 @@
 """Reward backprop: which stretch of the sampler carries gradient, and what the loss is made of."""
 
+import json
 import math
 
 import pytest
 import torch
+from PIL import Image
 from table_policy import table_config
 from tiny_run import tiny_config
 from zoo import ZOO
@@ -11,6 +13,7 @@ from zoo import ZOO
 from mmrl import Prompt
 from mmrl.algorithms.base import Context
 from mmrl.algorithms.reward_backprop import RewardBackprop
+from mmrl.checks import check
 from mmrl.components import algorithm_component, build_algorithm
 from mmrl.config import parse_config
 from mmrl.errors import UserError
@@ -230,3 +233,20 @@ def test_pictures_decoded_in_tiles_carry_gradient():
     lent = context(num_steps=2, vae_tiling=True)
     assert lent.policy.pipe.vae.use_tiling
     assert gradient(named("reward_backprop"), lent, PROMPTS).abs().max() > 0
+
+
+def test_targets_are_files_beside_the_rows(tmp_path):
+    Image.new("RGB", (16, 16), "grey").save(tmp_path / "grey.png")
+
+    def checked(**row):
+        (tmp_path / "rows.json").write_text(json.dumps([{"text": "picture", **row}]))
+        config = tiny_config("some/model", tmp_path / "run", algorithm={"type": "controlnet_pp"})
+        config["algorithm"] = {"type": "controlnet_pp"}
+        config["data"] = {"prompts": str(tmp_path / "rows.json"), "batch_size": 1}
+        return check(parse_config(config))[0].train[0].target
+
+    assert checked(target="grey.png") == str(tmp_path / "grey.png")
+    with pytest.raises(UserError, match=r"row 'rows.json\[0\]': target is 'none.png', but"):
+        checked(target="none.png")
+    with pytest.raises(UserError, match="target is None"):
+        checked()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -124,6 +125,17 @@ class RewardBackprop:
         elif self.grad_steps != "all":
             grad_steps = min(self.grad_steps, grad_steps)
         return Chain(begin, end, grad_steps, jump=self.stop is not None)
+
+    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """Raise ``UserError``, which names the row, where a target is needed and is not there or no file."""
+        if self.begin is None and not self.fit_coef:
+            return
+        for prompt in prompts:
+            if prompt.target is None or (isinstance(prompt.target, str) and not Path(prompt.target).is_file()):
+                raise UserError(
+                    f"row '{prompt.id}': target is {prompt.target!r}, but the algorithm starts from a picture or clip: "
+                    "name a file beside the rows"
+                )
 
     def collect(self, context: Context, prompts: Sequence[Prompt], step: int) -> list[Prompt]:
         return [prompt for prompt in prompts for _ in range(self.group_size)]
