@@ -7,6 +7,9 @@ import torch
 from zoo.vlms import build_vlm
 
 from mmrl.errors import UserError
+from mmrl.types import Prompt, Samples
+from pipelines.robot.demonstrations import demonstrations
+from pipelines.robot.demonstrations import starts as all_starts
 from pipelines.robot.envs import Observation, make_envs
 from pipelines.robot.heads.base import HeadShape
 from pipelines.robot.heads.tokens import TokenHead
@@ -26,9 +29,7 @@ ONE_BY_ONE = {**TOKENS, "decoding": "autoregressive"}
 
 
 def starts(count):
-    from pipelines.robot.demonstrations import starts
-
-    return starts("planar:reach", count)
+    return all_starts("planar:reach", count)
 
 
 def scene(**options):
@@ -105,8 +106,6 @@ def test_action_tokens_go_on_as_in_a_plain_run_of_the_model(causal):
         found = head.network(prefix, tokens if causal else None)
         model = encoder.model
         reader = encoder.reader
-        from mmrl.types import Prompt
-
         text = encoder.prompt.format(instruction=seen.instruction[0])
         (read,) = reader.read([Prompt(text=text, images=(seen.image[0] / 255.0,))])
         media = read.media[0].tensors
@@ -262,3 +261,20 @@ def test_part_of_a_chunk_can_be_carried_out():
     assert torch.equal(made.decisions(rollout).logp, rollout.logp)
     with pytest.raises(UserError, match=r"pipeline.execute is 3, but a chunk has only 2 actions"):
         policy(scene(), TOKENS, execute=3)
+
+
+@pytest.mark.parametrize("case", ["scene, one by one", "vlm, parallel", "vlm, flow expert"])
+def test_a_few_steps_explain_a_few_demonstrations(case):
+    network, head = CASES[case]
+    made = policy(network(), head)
+    shown = Samples(prompts=list(demonstrations("planar:reach", 2, 2))[:8])
+    made.begin_stage(shown.prompts)
+    optimiser = torch.optim.Adam(made.parameters, lr=5e-3)
+    losses = []
+    for _ in range(25):
+        loss = made.fit(shown, range(8)).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
