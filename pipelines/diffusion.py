@@ -20,7 +20,7 @@ from pipelines.adapters import LoRA
 from pipelines.branching import Branching, branched_rollout, shared_states
 from pipelines.guidance import NegativeBranch, NegativeModel
 from pipelines.noising import FitTime, noised_again
-from pipelines.scheduler_seam import Inspect, JumpToX0, Kernel, Replay, Sample, Velocity
+from pipelines.scheduler_seam import JumpToX0, Kernel, Replay, Sample, Velocity
 from pipelines.seam import Call, Seam
 from pipelines.step_kernel import LogProbKind, StepKind
 from pipelines.windows import noise_levels, window_steps
@@ -64,6 +64,7 @@ class DiffusionPolicy:
         num_steps: sampling steps in training.
         step: kind of the stochastic steps (:mod:`pipelines.step_kernel`); ``ode`` samples without noise and has no
             decisions. On DDPM-type pipelines (SD 1.x, SDXL) ``flow_sde`` and ``ddim`` are DDIM with eta = noise_level.
+            Consistency models and other few-step ones are sampled by ``cps`` with noise_level 1.
         noise_level: strength of the noise: one number, or a list with one for each stochastic step, in order; with a
             window that moves they move along (noise by the depth of a tree, calibrated noise of DenseGRPO).
         window: which steps are stochastic (:func:`pipelines.windows.window_steps`); the others follow the ODE.
@@ -340,11 +341,17 @@ class DiffusionPolicy:
         return Rollout(samples, none, none.bool(), torch.arange(count), trace)
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Samples:
-        """One picture per prompt by the sampler of evaluation; row k starts from the noise of ``seeds[k]``."""
+        """One picture per prompt by the sampler of evaluation; row k's noise is that of ``seeds[k]``.
+
+        The sampler is deterministic, but for consistency models, which add noise again in each step.
+        """
         pictures, order = [], []
         for rows in self._batches(prompts, self.eval):
             starts = [derive_seed(seeds[i], "start") for i in rows]
             chosen, plan = [prompts[i] for i in rows], Sample(self.kernel)
+            if self.seam.is_consistency:
+                noise = [generator(seeds[i], "steps") for i in rows]
+                plan = Sample(Kernel("cps", 1.0), range(self.eval.num_steps - 1), noise)
             with self.negative.active(len(rows)) if self.negative else contextlib.nullcontext():
                 pictures.append(self.seam.run(chosen, self.eval, plan, starts, decode=True))
             order += rows
@@ -377,7 +384,7 @@ class DiffusionPolicy:
         for rows in self._batches(prompts, self.train):
             seen: dict[str, Any] = {"texts": []}
             starts = [derive_seed(seeds[i], "start") for i in rows]
-            self.seam.run([prompts[i] for i in rows], self.train, Inspect(), starts, seen=seen)
+            self.seam.run([prompts[i] for i in rows], self.train, self.seam.inspection(), starts, seen=seen)
             found.append(seen["latents"].float())
             order += rows
         return torch.cat(found)[torch.tensor(order).argsort().to(self.device)]
@@ -585,8 +592,8 @@ def check_step(step: StepKind, noise_level: float | list[float], seam: Seam) -> 
         return step
     if not seam.is_flow and step == "flow_sde":
         step = "ddim"
-    if seam.is_flow == (step == "ddim"):
-        right = "flow_sde, dance, cps, wan or ode" if seam.is_flow else "ddim or ode"
+    if step == "ddim" if seam.is_flow else step not in ("ddim", "cps"):
+        right = "flow_sde, dance, cps, wan or ode" if seam.is_flow else "ddim, cps or ode"
         raise UserError(f"step '{step}' does not fit {seam.name}: use {right}")
     levels = noise_level if isinstance(noise_level, list) else [noise_level]
     if min(levels) <= 0:
@@ -597,5 +604,5 @@ def check_step(step: StepKind, noise_level: float | list[float], seam: Seam) -> 
 
 
 def _samples(prompts: list[Prompt], pictures: Tensor, group: Tensor) -> Samples:
-    kind: Mapping[str, Tensor] = {"videos" if pictures.ndim == 5 else "images": pictures}
-    return Samples(prompts, group=group, **kind)
+    kind = {3: "audios", 4: "images", 5: "videos"}[pictures.ndim]
+    return Samples(prompts, group=group, **{kind: pictures})

@@ -25,6 +25,7 @@ from pipelines.step_kernel import (
     StepCoefficients,
     StepKind,
     ddim_coefficients,
+    diffusion_cps_coefficients,
     diffusion_endpoints,
     flow_coefficients,
     flow_endpoints,
@@ -116,11 +117,17 @@ class FlowGrid:
         return time
 
 
+DATA_VARIANCE = 0.25
+"""Of latents, as consistency models assume it."""
+
+
 @dataclass(frozen=True)
 class DiffusionGrid:
     """Noise levels of a DDPM-type run: ``alphas`` (n+1 values of alpha-bar, the last is where the run ends).
 
-    ``time`` in (0, 1] stands for the discrete timestep ``round(time * train_steps) - 1``.
+    ``time`` in (0, 1] stands for the discrete timestep ``round(time * train_steps) - 1``. ``boundary`` is that of
+    consistency models: the factor of timesteps in the weights by which the clean estimate becomes the sample itself at
+    timestep 0 (arXiv:2303.01469, section 3).
     """
 
     alphas: tuple[float, ...]
@@ -129,6 +136,7 @@ class DiffusionGrid:
     prediction_type: str
     clip: float | None
     train_steps: int
+    boundary: float | None = None
     shift: float = 1.0
     is_flow = False
 
@@ -137,8 +145,10 @@ class DiffusionGrid:
 
     def coefficients(self, index: int, kernel: Kernel, stochastic: bool) -> StepCoefficients:
         """The numbers of step ``index``; dt is the share of the diffusion's time that the step covers."""
-        eta = kernel.level(index) if stochastic else 0.0
-        return ddim_coefficients(self.alphas[index], self.alphas[index + 1], eta, 1 / len(self))
+        level = kernel.level(index) if stochastic else 0.0
+        if kernel.step == "cps":
+            return diffusion_cps_coefficients(self.alphas[index + 1], level, 1 / len(self))
+        return ddim_coefficients(self.alphas[index], self.alphas[index + 1], level, 1 / len(self))
 
     def prediction(self, output: Tensor) -> Tensor:
         """What the network predicts (epsilon, v or x0), unchanged."""
@@ -147,7 +157,12 @@ class DiffusionGrid:
     def endpoints(self, index: int, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Estimates of clean sample and noise at step ``index``."""
         x0hat, noise = diffusion_endpoints(x, output, self.alphas[index], self.prediction_type)
-        return (x0hat if self.clip is None else x0hat.clamp(-self.clip, self.clip)), noise
+        x0hat = x0hat if self.clip is None else x0hat.clamp(-self.clip, self.clip)
+        if self.boundary is not None:
+            scaled = float(self.timesteps[index]) * self.boundary
+            spread = scaled**2 + DATA_VARIANCE
+            x0hat = DATA_VARIANCE / spread * x + scaled / math.sqrt(spread) * x0hat
+        return x0hat, noise
 
     def timesteps_at(self, time: Tensor) -> Tensor:
         """Discrete timesteps of ``time`` in (0, 1]."""
@@ -202,8 +217,18 @@ class Plan(abc.ABC):
         """Where the pipeline continues from, after step ``index`` at float32 ``x``; it will be rounded to ``dtype``."""
 
 
+@dataclass
 class Inspect(Plan):
-    """Runs no step: the pipeline encodes its text, prepares its latents and its grid, and ends."""
+    """Runs no step: the pipeline encodes its text, prepares its latents and its grid, and ends.
+
+    Attributes:
+        count: first steps to run all the same, for pipelines whose code fails without any.
+    """
+
+    count: int = 0
+
+    def steps(self, total: int) -> list[int]:
+        return list(range(self.count))
 
     def take(self, index: int, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
         return x
@@ -354,9 +379,11 @@ class SeamScheduler:
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
         timesteps: Sequence[float] | None = None,
+        original_inference_steps: int | None = None,
     ) -> None:
         """Lay out the grid as the base scheduler does, then keep the plan's part of it."""
         given = {"num_inference_steps": num_inference_steps, "sigmas": sigmas, "mu": mu, "timesteps": timesteps}
+        given["original_inference_steps"] = original_inference_steps
         given = {name: value for name, value in given.items() if value is not None}
         accepted = inspect.signature(self.base.set_timesteps).parameters
         for name in given.keys() - accepted.keys():
@@ -388,7 +415,8 @@ class SeamScheduler:
         x_next = self.plan.take(index, sample.float(), model_output.float(), dtype).to(dtype).to(sample.dtype)
         if self.plan.grad_from == index + 1:
             torch.set_grad_enabled(True)
-        return SimpleNamespace(prev_sample=x_next) if return_dict else (x_next,)
+        # The second is for pipelines of consistency models, which decode the clean estimate: at the end they are one.
+        return SimpleNamespace(prev_sample=x_next) if return_dict else (x_next, x_next)
 
 
 def base_scheduler(scheduler: Any, pipeline: str) -> Any:
@@ -409,14 +437,18 @@ def base_scheduler(scheduler: Any, pipeline: str) -> Any:
         return copy.deepcopy(scheduler)
     if name in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
         return type(scheduler).from_config(config, clip_sample=False)  # they have the option and do not look at it
+    consistency = name == "LCMScheduler"
     family = name in {kind.name for kind in KarrasDiffusionSchedulers} or isinstance(scheduler, DDIMScheduler)
-    if not family or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
+    known = config.get("prediction_type") in ("epsilon", "v_prediction", "sample")
+    if not (family or consistency) or not known:
         raise UserError(
             f"pipeline {pipeline} has no scheduler seam: its scheduler {name} is neither flow matching nor of the DDPM "
             "family with epsilon, v or sample prediction"
         )
     if config.get("thresholding"):
         raise UserError(f"pipeline {pipeline}: dynamic thresholding (scheduler option 'thresholding') is not supported")
+    if consistency:
+        return copy.deepcopy(scheduler)
     # DDIM clips x0 unless told otherwise; schedulers without that option never do.
     return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
 
@@ -438,6 +470,9 @@ def make_grid(base: Any, mu: float | None) -> Grid:
     # The last step arrives at x0, or at the noise level of timestep 0, as the config says.
     last = now[-1] - train_steps // len(now)
     end = table[last] if last >= 0 else base.final_alpha_cumprod.double()
+    boundary = config.get("timestep_scaling")
+    if boundary is not None:
+        end = 1.0  # a consistency model's last step is its estimate of the clean sample
     return DiffusionGrid(
         (*(float(table[t]) for t in now), float(end)),
         base.timesteps,
@@ -445,4 +480,5 @@ def make_grid(base: Any, mu: float | None) -> Grid:
         config.prediction_type,
         config.clip_sample_range if config.clip_sample else None,
         train_steps,
+        boundary,
     )

@@ -80,6 +80,17 @@ def ddim_coefficients(alpha_bar: float, alpha_bar_next: float, eta: float, dt: f
     )
 
 
+def diffusion_cps_coefficients(alpha_bar_next: float, noise_level: float, dt: float) -> StepCoefficients:
+    """Coefficients of a step of a diffusion model that puts fresh noise in the place of the estimated one.
+
+    The counterpart of Flow-CPS: of the noise that is left, ``cos(a pi / 2)`` is the estimate and ``sin(a pi / 2)``
+    fresh. At ``noise_level`` a = 1 this is how consistency models are sampled (arXiv:2303.01469, algorithm 1): go to
+    the clean estimate, add noise again.
+    """
+    angle, noise = noise_level * math.pi / 2, math.sqrt(1 - alpha_bar_next)
+    return StepCoefficients(math.sqrt(alpha_bar_next), noise * math.cos(angle), noise * math.sin(angle), dt)
+
+
 def step_table(steps: Sequence[StepCoefficients]) -> Tensor:
     """The coefficients of several steps as a float32 tensor ``[S, 4]``, for :func:`steps_at`."""
     return torch.tensor([[step.A, step.B, step.C, step.dt] for step in steps])

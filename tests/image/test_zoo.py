@@ -21,7 +21,6 @@ from pipelines.scheduler_seam import Plan
 STEPS = 4
 REFUSED = {
     "StableAudio": "EDMDPMSolverMultistepScheduler",
-    "LatentConsistency": "LCMScheduler",
     "FluxImg2Img": "strength",
     "StableDiffusion3Img2Img": "strength",
 }
