@@ -6,6 +6,7 @@ Read ``train_stage`` from top to bottom; what an algorithm does inside a step is
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 import threading
@@ -219,7 +220,7 @@ class Trainer:
 
     def _before(self, found: dict[str, float]) -> dict[str, float]:
         if self._first_evaluation is None:
-            self._first_evaluation = next(iter(_evaluations(self.run_dir)), found)
+            self._first_evaluation = next(iter(_evaluations(self.run_dir).values()), found)
         return self._first_evaluation
 
     def _log(self, stage: Stage, metrics: dict[str, float]) -> None:
@@ -246,9 +247,8 @@ class Trainer:
             averaged = parameters.swapped(AVERAGE) if AVERAGE in parameters.snapshots else contextlib.nullcontext()
             with averaged:
                 self.policy.export(self.run_dir / "model")
-            found = _evaluations(self.run_dir)
             summary = {
-                "eval": {"before": _named(found[0]), "after": _named(found[-1])} if found else {},
+                "eval": self._evaluations(),
                 "steps": self.state.step,
                 "seconds": round(self.state.seconds, 3),
                 "checkpoint": str(saved[-1]) if saved else None,
@@ -259,6 +259,16 @@ class Trainer:
             self.display.finish(summary)
         distributed.barrier()
         return summary
+
+    def _evaluations(self) -> dict[str, Any]:
+        """The first evaluation and the last, and of a run in stages also those at the end of each."""
+        found = _evaluations(self.run_dir)
+        if not found:
+            return {}
+        out = {"before": _named(found[min(found)]), "after": _named(found[max(found)])}
+        ends = itertools.accumulate(stage.options.steps for stage in self.stages)
+        ended = {stage.name: _named(found[end]) for stage, end in zip(self.stages, ends, strict=True) if end in found}
+        return out | {"stages": ended} if len(self.stages) > 1 else out
 
     @contextlib.contextmanager
     def _stop_signals(self) -> Iterator[list[int]]:
@@ -284,13 +294,13 @@ class Trainer:
             self.display.stop()
 
 
-def _evaluations(run_dir: Path) -> list[dict[str, float]]:
-    """The evaluations of a run, oldest first, as ``{"reward": ..., ...}``."""
-    return [
-        {key.removeprefix("eval/"): value for key, value in line.items() if key.startswith("eval/")}
+def _evaluations(run_dir: Path) -> dict[int, dict[str, float]]:
+    """The evaluations of a run by step, oldest first, as ``{"reward": ..., ...}``."""
+    return {
+        line["step"]: {key.removeprefix("eval/"): value for key, value in line.items() if key.startswith("eval/")}
         for line in read_metrics(run_dir)
         if any(key.startswith("eval/") for key in line)
-    ]
+    }
 
 
 def _named(evaluation: dict[str, float]) -> dict[str, float]:

@@ -237,6 +237,12 @@ def test_stages_chain(pipeline, tmp_path):
     summary = train(config)
     assert summary["steps"] == 5
     lines = metrics(tmp_path / "run")
+    held_out = {line["step"]: line["eval/reward"] for line in lines if "eval/reward" in line}
+    assert [summary["eval"][when]["reward"] for when in ("before", "after")] == [held_out[0], held_out[5]]
+    assert {name: found["reward"] for name, found in summary["eval"]["stages"].items()} == {
+        "sft": held_out[2],
+        "rl": held_out[5],
+    }
     assert [(line["step"], line["stage"]) for line in lines if "loss" in line] == [
         (1, "sft"),
         (2, "sft"),
