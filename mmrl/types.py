@@ -154,6 +154,7 @@ class Samples(Rows):
         texts: N completions.
         images: ``[N, 3, H, W]`` in [0, 1].
         videos: ``[N, F, 3, H, W]`` in [0, 1].
+        audios: waveforms ``[N, channels, samples]``, about in [-1, 1].
         episodes: N runs of an environment.
         truncated: bool ``[N]``, set where the output was cut by a length or time limit.
         lengths: long ``[N]``, tokens (or environment steps) of each output.
@@ -167,6 +168,7 @@ class Samples(Rows):
     texts: list[str] | None = None
     images: Tensor | None = None
     videos: Tensor | None = None
+    audios: Tensor | None = None
     episodes: list[Episode] | None = None
     truncated: Tensor | None = None
     lengths: Tensor | None = None

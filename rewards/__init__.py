@@ -60,6 +60,7 @@ REWARDS: dict[str, tuple[str, str]] = {
         "rewards.text_shape:Length",
         "right answers earn more when short, wrong ones lose less when long: cosine",
     ),
+    "loudness": ("rewards.audio:Loudness", "level of a waveform in dB, or its nearness to a target"),
     "math": ("rewards.math_answers:Math", "whether a mathematical answer equals the true one, by math-verify"),
     "motion_smoothness": (
         "rewards.video_motion:MotionSmoothness",
