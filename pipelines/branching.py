@@ -19,6 +19,7 @@ from mmrl.seeding import derive_seed, generator, prompt_keys
 from mmrl.types import Prompt, Rollout, Samples
 from pipelines.scheduler_seam import Kernel, Sample
 from pipelines.step_kernel import step_mean
+from pipelines.trace import Trace
 
 if TYPE_CHECKING:
     from pipelines.diffusion import DiffusionPolicy
@@ -129,24 +130,6 @@ def branched_rollout(
     return Rollout.cat(parts)
 
 
-def shared_states(rollout: Rollout, column: int) -> tuple[list[int], Tensor]:
-    """Rows of which each has another state before decision ``column``, and for every row which of these is its own.
-
-    Before the first decision states are a function of what a path starts from, after that of the last one it took.
-    """
-    if column == 0:
-        names = rollout.trace.seeds.tolist()
-    elif rollout.branch is not None:
-        names = rollout.branch[:, column - 1].tolist()
-    else:
-        names = range(len(rollout))
-    rows: dict[int, int] = {}
-    for row, name in enumerate(names):
-        rows.setdefault(name, row)
-    number = {name: place for place, name in enumerate(rows)}
-    return list(rows.values()), torch.tensor([number[name] for name in names])
-
-
 def _tree(
     policy: DiffusionPolicy,
     root: Rollout,
@@ -196,8 +179,6 @@ def _fan(
 
 def _roots(prompts: list[Prompt], group: Tensor, starts: Sequence[int]) -> Rollout:
     """Paths that have not begun."""
-    from pipelines.diffusion import Trace
-
     none = torch.zeros(len(prompts), 0)
     trace = Trace(none, none.long(), none.long(), none.double(), torch.tensor(starts))
     samples = Samples(prompts, group=group)
@@ -262,8 +243,6 @@ def _decided(
 
     ``kept`` are the positions before ``step`` whose states stay in the trace.
     """
-    from pipelines.diffusion import Trace
-
     drawn, rows = plan.children[step], again.to(plan.children[step].logp.device)
     logp = torch.stack([*(logp[rows] for logp in plan.logp), drawn.logp], 1)
     mean = torch.stack([*(mean[rows] for mean in plan.mean), drawn.mean], 1) if plan.keep_mean else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,46 +14,17 @@ from torch import Tensor
 
 from mmrl.errors import UserError
 from mmrl.seeding import derive_seed, generator, prompt_keys
-from mmrl.types import Chain, Decisions, Denoising, Prompt, Rollout, Rows, Samples
+from mmrl.types import Chain, Decisions, Denoising, Prompt, Rollout, Samples
 from pipelines import adapters, latents, loading
 from pipelines.adapters import LoRA
-from pipelines.branching import Branching, branched_rollout, shared_states
+from pipelines.branching import Branching, branched_rollout
 from pipelines.guidance import NegativeBranch, NegativeModel
 from pipelines.noising import FitTime, noised_again
 from pipelines.scheduler_seam import JumpToX0, Kernel, Replay, Sample, Velocity
 from pipelines.seam import Call, Seam
 from pipelines.step_kernel import LogProbKind, StepKind
+from pipelines.trace import Trace, shared_states
 from pipelines.windows import noise_levels, window_steps
-
-
-@dataclass(eq=False)
-class Trace(Rows):
-    """What a rollout is replayed from.
-
-    Attributes:
-        states: ``[N, P, ...]`` float32 states at ``positions``; the last is the final latent.
-        positions: long ``[N, P]``; position p is the state before step p.
-        steps: long ``[N, T]``, the step of the sampler that each decision is.
-        noise: float64 ``[N, T]``, the noise level of each.
-        seeds: long ``[N]``, of what the pipeline itself draws.
-    """
-
-    states: Tensor
-    positions: Tensor
-    steps: Tensor
-    noise: Tensor
-    seeds: Tensor
-
-    def at(self, position: int) -> Tensor:
-        """States ``[N, ...]`` at one position; all rows must have it at the same place."""
-        columns = (self.positions[0] == position).nonzero().flatten()
-        if len(columns) == 0:
-            raise ValueError(f"the rollout kept states at {self.positions[0].tolist()}, not at {position}")
-        return self.states[:, int(columns[0])]
-
-    def kernel(self, kernel: Kernel) -> Kernel:
-        """``kernel`` with the noise levels that were recorded, which all rows must share."""
-        return replace(kernel, noise_level=dict(zip(self.steps[0].tolist(), self.noise[0].tolist(), strict=True)))
 
 
 class DiffusionPolicy:
@@ -157,7 +128,7 @@ class DiffusionPolicy:
         if gradient_checkpointing:
             adapters.enable_gradient_checkpointing(pipe, whole_steps=gradient_checkpointing == "step")
         if vae_tiling:
-            enable_tiling(pipe)
+            latents.enable_tiling(pipe)
 
     load = staticmethod(loading.load_pipeline)
 
@@ -572,18 +543,6 @@ class DiffusionPolicy:
             return False
         alone = torch.cat([self._predict(prompts[i : i + 1], x[i : i + 1], time[i], call) for i in range(len(x))])
         return bool((together - alone).abs().max() <= 1e-2 * alone.abs().max())
-
-
-def enable_tiling(pipe: Any) -> None:
-    """Let the VAE work on overlapping tiles; raises ``UserError`` where it cannot."""
-    vae = getattr(pipe, "vae", None)
-    if not hasattr(vae, "enable_tiling"):
-        raise UserError(f"vae_tiling: the VAE of {type(pipe).__name__} has no tiles; set it to false")
-    vae.enable_tiling()
-    if hasattr(vae, "enable_slicing"):
-        vae.enable_slicing()
-    if hasattr(vae, "use_framewise_decoding"):
-        vae.use_framewise_decoding = True
 
 
 def check_step(step: StepKind, noise_level: float | list[float], seam: Seam) -> StepKind:

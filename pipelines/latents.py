@@ -1,4 +1,4 @@
-"""Pictures to the latents that a pipeline's denoiser works on."""
+"""Pictures to the latents that a pipeline's denoiser works on, and back in tiles."""
 
 from __future__ import annotations
 
@@ -145,3 +145,15 @@ def to_host(states: Tensor) -> Tensor:
 def _takes_frames(vae: Any) -> bool:
     """Whether the VAE's first convolution is over time too."""
     return any(weight.ndim == 5 for weight in vae.encoder.parameters())
+
+
+def enable_tiling(pipe: Any) -> None:
+    """Let the VAE work on overlapping tiles; raises ``UserError`` where it cannot."""
+    vae = getattr(pipe, "vae", None)
+    if not hasattr(vae, "enable_tiling"):
+        raise UserError(f"vae_tiling: the VAE of {type(pipe).__name__} has no tiles; set it to false")
+    vae.enable_tiling()
+    if hasattr(vae, "enable_slicing"):
+        vae.enable_slicing()
+    if hasattr(vae, "use_framewise_decoding"):
+        vae.use_framewise_decoding = True

@@ -13,7 +13,8 @@ from mmrl.algorithms.credit import Credit
 from mmrl.config import parse_config
 from mmrl.scoring import Scorer
 from mmrl.types import Rollout
-from pipelines.branching import Branching, shared_states
+from pipelines.branching import Branching
+from pipelines.trace import shared_states
 from pipelines.windows import noise_levels
 
 LEVELS = [0.7, 0.5, 0.6, 0.4]
