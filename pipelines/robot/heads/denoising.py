@@ -172,7 +172,7 @@ class DenoisingHead(ActionHead):
         before, after, mean, std = (torch.stack(column, 1) for column in zip(*decided, strict=True))
         index = torch.tensor(self.trained, device=x.device).expand(n, -1).contiguous()
         if chosen is not None:
-            own = torch.arange(n), place
+            own = torch.arange(n, device=x.device), place
             before, after, mean, std, index = (column[own][:, None] for column in (before, after, mean, std, index))
         record = {"before": before, "after": after, "step": index}
         return Sampled(x, record, self._elements(after, mean, std), mean)
