@@ -119,9 +119,7 @@ class Credit:
         if self.method == "gain":
             return column_advantages(discounted_returns(reward_gains(before, total), mask, self.gamma), group, mask)
         if rollout.branch is None:
-            raise UserError(
-                "advantage 'tree' needs samples that share decisions, as with pipeline.branching"
-            )
+            raise UserError("advantage 'tree' needs samples that share decisions, as with pipeline.branching")
         return branch_advantages(total, group, rollout.branch.cpu(), mask)
 
     def _per_sample(

@@ -29,9 +29,7 @@ def noise_weights(rollout: Rollout, mask: Tensor) -> Tensor:
         UserError: the rollout has no std.
     """
     if rollout.std is None:
-        raise UserError(
-            "step_weight 'noise' needs a policy whose rollouts record the noise of their steps"
-        )
+        raise UserError("step_weight 'noise' needs a policy whose rollouts record the noise of their steps")
     std = rollout.std.cpu().float()
     count = distributed.total(mask.sum().item())
     return std * (max(count, 1) / max(distributed.total((std * mask).sum().item()), 1e-12))
