@@ -296,8 +296,8 @@ def check_fit(pipeline: Component, stage: StageConfig, where: str) -> None:
         for reward in stage.rewards:
             if reward.shared.get("weight") != 0 and not hasattr(reward.target, "compare"):
                 raise UserError(
-                    f"{where}: algorithm.pairs is 'compared', but reward '{reward.type}' cannot compare two samples: use "
-                    "one that can, such as judge_pair, or pairs: best_worst"
+                    f"{where}: algorithm.pairs is 'compared', but reward '{reward.type}' cannot compare two samples: "
+                    "use one that can, such as judge_pair, or pairs: best_worst"
                 )
     if algorithm.needs_gradient_of_reward:
         for reward in stage.rewards:
