@@ -8,15 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from mmrl.errors import UserError, nearest
 
 Schedule = Literal["constant", "linear", "cosine"]
 
 
-def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, options: Mapping[str, Any]):
-    """``torch.optim.<name>`` over ``parameters``.
+def build_optimizer(name: str, parameters: Iterable[Any], lr: float, options: Mapping[str, Any]):
+    """``torch.optim.<name>`` over parameters or groups of them.
 
     Raises:
         UserError: there is no such optimiser, or it does not take one of the options.

@@ -188,15 +188,29 @@ class Parameters:
         named: name to parameter; order fixes the order in the optimiser and in checkpoints.
         buffers: name to tensor of what changes in training without a gradient, such as statistics of observations;
             changed in place, kept in checkpoints, the same in every copy.
+        lr_scale: name to factor of the learning rate, for those where it is not 1.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor] | None = None):
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        buffers: Mapping[str, Tensor] | None = None,
+        lr_scale: Mapping[str, float] | None = None,
+    ):
         self.named = dict(named)
+        self.lr_scale = dict(lr_scale or {})
         self.buffers = dict(buffers or {})
         self.snapshots: dict[str, dict[str, Tensor]] = {}
 
     def __iter__(self) -> Iterator[nn.Parameter]:
         return iter(self.named.values())
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameters as an optimiser takes them: a group for each factor ``scale`` of the learning rate."""
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.named.items():
+            by_scale.setdefault(self.lr_scale.get(name, 1.0), []).append(parameter)
+        return [{"params": parameters, "scale": scale} for scale, parameters in by_scale.items()]
 
     @property
     def count(self) -> int:

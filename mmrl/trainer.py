@@ -93,7 +93,9 @@ class Trainer:
         self, number: int, stage: Stage, start: int, end: int, latest: Path | None, stopping: list[int]
     ) -> None:
         policy, options = self.policy, stage.options
-        optimizer = build_optimizer(options.optimizer, policy.parameters, options.lr, options.optimizer_options)
+        optimizer = build_optimizer(
+            options.optimizer, policy.parameters.groups(), options.lr, options.optimizer_options
+        )
         scaler = torch.amp.GradScaler(_device_type(policy), enabled=options.mixed_precision == "fp16")
         if latest is not None:
             self.state = checkpoints.load(latest, policy.parameters, optimizer)
@@ -144,7 +146,7 @@ class Trainer:
         options, algorithm = stage.options, stage.algorithm
         lr = learning_rate(options.lr, options.schedule, options.warmup, step, options.steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         context = Context(
             policy=self.policy,
             scorer=stage.scorer,

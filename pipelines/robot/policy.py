@@ -58,6 +58,7 @@ class RobotPolicy:
             folder has them; ``running``: by these and those in all rollouts so far; ``none``.
         value_head: predict returns from the context, by a network of its own.
         value_hidden: widths of its layers.
+        value_lr_scale: its learning rate as a multiple of ``trainer.lr``.
         batch_size: episodes of a backward pass (unless ``trainer.micro_batch_size`` says otherwise) or an evaluation.
         turns_per_backward: turns of an episode that a backward pass holds; all when not given.
         frames: all episodes keep pictures of every turn, for rewards that look at them; else only those that an
@@ -86,6 +87,7 @@ class RobotPolicy:
         normalise: Literal["fixed", "running", "none"] = "fixed",
         value_head: bool = False,
         value_hidden: Sequence[int] = (128, 128),
+        value_lr_scale: Annotated[float, Field(gt=0)] = 1.0,
         batch_size: Annotated[int, Field(ge=1)] = 256,
         turns_per_backward: Annotated[int, Field(ge=1)] | None = None,
         frames: bool = False,
@@ -121,6 +123,7 @@ class RobotPolicy:
         self.parameters = Parameters(
             {name: parameter for name, parameter in self.modules.named_parameters() if parameter.requires_grad},
             {f"statistics.{name}": tensor for name, tensor in self.statistics.buffers.items()} | self.head.kept(),
+            {f"value.{name}": value_lr_scale for name, _ in self.value.named_parameters()} if value_head else {},
         )
         self.verbs = building.BASE_VERBS | self.head.verbs | ({"values"} if value_head else set())
         self.batch_size = batch_size

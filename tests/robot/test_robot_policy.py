@@ -199,6 +199,12 @@ def test_values_at_the_end_are_those_of_episodes_that_a_limit_cut():
     assert robot.head.network.layers[0].weight.grad is None
 
 
+def test_the_value_network_may_have_its_own_learning_rate():
+    groups = policy(value_head=True, value_lr_scale=10.0).parameters.groups()
+    assert [group["scale"] for group in groups] == [1.0, 10.0]
+    assert len(groups[1]["params"]) == 6
+
+
 def test_running_statistics_are_those_of_all_states():
     robot = policy(normalise="running")
     seen = [robot.rollout(PROMPTS, 2, seed=seed).samples.episodes for seed in range(3)]
