@@ -1,5 +1,6 @@
 """Loading configs: what is accepted, what comes out, and the one sentence for everything that is wrong."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,7 @@ def test_reward_from_a_file_beside_the_config(tmp_path):
         ("pipeline.window=[9]", "window [9] has step 9"),
         ("pipeline.window={first: 40}", "asks for 40 steps"),
         ("seed=-1", "'seed' is -1"),
-        ("pipeline=null", "'pipeline.type' is missing (choices: diffusion, vlm)"),
+        ("pipeline=null", "'pipeline.type' is missing (choices: diffusion, vlm, robot)"),
         ("stages=[]", "'stages' is a list, but should be a list of at least one stage"),
         ("stages=[3]", "'stages.0' is 3, but should be a mapping"),
         ("stages=[{nam: a}]", "unknown key 'stages.0.nam' (did you mean 'name'?)"),
@@ -228,9 +229,12 @@ def test_overrides_and_merging_leave_their_arguments_alone():
 
 def test_every_registered_algorithm_can_be_built_from_its_defaults(tmp_path):
     offered = resolve("pipeline", "diffusion").verbs
+    teacher = {"teacher": {"type": "diffusion", "model": "builtin:sd3-shapes"}}
+    needed = {"distill": teacher, "distill_predictions": teacher}
     for name in ALGORITHMS:
-        overrides = [f"algorithm={name}", "rewards=[{type: pixels}]"]
-        if resolve("algorithm", name)(**ALGORITHMS[name].defaults).verbs <= offered:
+        options = needed.get(name, {})
+        overrides = [f"algorithm={json.dumps({'type': name, **options})}", "rewards=[{type: pixels}]"]
+        if resolve("algorithm", name)(**ALGORITHMS[name].defaults, **options).verbs <= offered:
             stage = load_config(write(tmp_path), overrides).stages[0]
             assert build_algorithm(stage.algorithm).verbs <= offered
         else:
