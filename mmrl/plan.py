@@ -43,7 +43,8 @@ def step_cost(config: Config, stage: StageConfig) -> dict[str, Any]:
         cost["update forwards"] = samples * algorithm.steps_per_rollout * 2 * passes
         cost["reference forwards"] = cost["update forwards"]
     if "complete" in algorithm.verbs:
-        cost["completion forwards"] = samples * each["decisions" if algorithm.completion == "jump" else "complete"]
+        verb = "decisions" if algorithm.prospects.completion == "jump" else "complete"
+        cost["completion forwards"] = samples * each[verb]
     if "fit" in algorithm.verbs or ("denoise" in algorithm.verbs and "chain" not in algorithm.verbs):
         rows = samples
         if "rollout" in algorithm.verbs and hasattr(algorithm, "pairs"):

@@ -148,7 +148,13 @@ class ChainPolicy(Policy, Protocol):
 
 
 class CompletingPolicy(Policy, Protocol):
-    """A policy of the verb "complete"."""
+    """A policy of the verb "complete".
+
+    Attributes:
+        noise_scale: factors of the noise of decisions, in order, in the rollouts to come; None is 1.
+    """
+
+    noise_scale: Sequence[float] | None
 
     def complete(self, rollout: Rollout, column: int, jump: bool = False) -> Samples:
         """What the deterministic sampler makes of the states before decision ``column``, without gradient.

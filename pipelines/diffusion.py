@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,7 @@ class DiffusionPolicy:
         self.seam = Seam(pipe)
         self.kernel = Kernel(check_step(step, noise_level, self.seam), 0.0, log_prob)
         self.noise_level = noise_level
+        self.noise_scale: Sequence[float] | None = None
         self.num_steps = num_steps
         self.window = window
         self.validate(num_steps, step, window, same_noise, shared_prefix, None, noise_level, branching)
@@ -206,7 +208,9 @@ class DiffusionPolicy:
         group, not on the batch it is in.
         """
         stochastic = () if self.kernel.step == "ode" else window_steps(self.window, self.num_steps, step, seed)
-        kernel = replace(self.kernel, noise_level=noise_levels(self.noise_level, stochastic))
+        limit = 1.0 if self.kernel.step in ("cps", "ddim") else math.inf
+        levels = noise_levels(self.noise_level, stochastic, self.noise_scale, limit)
+        kernel = replace(self.kernel, noise_level=levels)
         if self.branching is not None:
             return branched_rollout(self, self.branching, prompts, group_size, seed, stochastic, kernel)
         keys = list(prompt_keys(prompts))

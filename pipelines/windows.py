@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,12 +80,28 @@ def window_steps(spec: WindowSpec, num_steps: int, step: int = 0, seed: int = 0)
     return tuple(sorted(steps))
 
 
-def noise_levels(noise_level: float | list[float], steps: Sequence[int]) -> dict[int, float]:
+def noise_levels(
+    noise_level: float | list[float],
+    steps: Sequence[int],
+    scale: Sequence[float] | None = None,
+    limit: float = math.inf,
+) -> dict[int, float]:
     """The noise level of each stochastic step: one number for all, or a list with one for each, in order.
 
+    Args:
+        scale: factor for each; the product is at most ``limit``.
+
     Raises:
-        UserError: the list has another length.
+        UserError: the list or the factors are of another number than the steps.
     """
+    if scale is not None:
+        if len(scale) != len(steps):
+            raise UserError(
+                f"noise was calibrated for {len(scale)} decisions, but now there are {len(steps)} stochastic steps: "
+                "calibrate_noise needs samples that all take the steps of a window of one length"
+            )
+        levels = noise_levels(noise_level, steps)
+        return {step: min(levels[step] * factor, limit) for step, factor in zip(steps, scale, strict=True)}
     if not isinstance(noise_level, list):
         return dict.fromkeys(steps, noise_level)
     if len(noise_level) != len(steps):

@@ -20,7 +20,7 @@ from mmrl.advantages import group_sums
 from mmrl.algorithms.base import Context, Update
 from mmrl.algorithms.collecting import roll_out, row_chunks, score, score_greedy, split_groups
 from mmrl.algorithms.credit import GROUP_BASELINES, PER_COLUMN, PER_DECISION, Credit, CreditMethod
-from mmrl.algorithms.denoising_credit import Completion, noise_weights, prospects
+from mmrl.algorithms.denoising_credit import Completion, NoiseCalibration, Prospects, noise_weights
 from mmrl.algorithms.experience import Batch, Experience, ReferenceScores, reference_logp, replay
 from mmrl.algorithms.hooks.consistency import Consistency
 from mmrl.algorithms.hooks.dynamic_sampling import DynamicSampling
@@ -75,6 +75,7 @@ class PolicyGradient:
             The last two compare each decision with the same one of the others of its group.
         completion: of ``gain``: the rest of the deterministic sampler (``ode``), or one ``jump`` to its estimate of the
             clean output, which is cheaper and worse.
+        calibrate_noise: of ``gain``: adapt the noise of each step.
         extremes: learn from so many of the best and so many of the worst of each group alone (DanceGRPO's best-of-N,
             B2-DiffuRL's comparison of branches).
         advantage_clip: bound on the size of an advantage; null for none.
@@ -133,6 +134,7 @@ class PolicyGradient:
         mask_truncated: bool | Literal["exclude"] = False,
         advantage: CreditMethod = "group",
         completion: Completion = "ode",
+        calibrate_noise: NoiseCalibration | None = None,
         extremes: Annotated[int, Field(ge=1)] | None = None,
         advantage_clip: Annotated[float, Field(gt=0)] | None = 5.0,
         soft_advantage: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.0, 0.0),
@@ -191,7 +193,11 @@ class PolicyGradient:
         self.max_decisions = max_decisions
         self.mask_truncated = mask_truncated
         self.credit = Credit(advantage, advantage_clip, whiten, gamma, lam, soft_advantage, advantage_scale, extremes)
-        self.completion = completion
+        if calibrate_noise is not None and advantage != "gain":
+            raise UserError(
+                f"algorithm.calibrate_noise goes by the gains of steps, which advantage '{advantage}' has not"
+            )
+        self.prospects = Prospects(completion, calibrate_noise) if advantage == "gain" else None
         self.kl_coef = kl_coef
         self.kl = kl
         self.kl_in_loss = kl_coef > 0 and kl_in == "loss"
@@ -250,23 +256,27 @@ class PolicyGradient:
             return False
         return "means" in verbs or not (self.kl_in_loss or self.entropy.used or self.value)
 
+    def _parts(self) -> dict[str, Any]:
+        parts = {"entropy": self.entropy, "prompts": self.record, "replay": self.buffer, "prospects": self.prospects}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep."""
-        parts = {"entropy": self.entropy, "prompts": self.record, "replay": self.buffer}
-        found = {name: part.state() for name, part in parts.items() if part is not None}
+        found = {name: part.state() for name, part in self._parts().items()}
         return {name: state for name, state in found.items() if state}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        parts = {"entropy": self.entropy, "prompts": self.record, "replay": self.buffer}
-        for name, found in state.items():
-            if parts.get(name) is not None:
-                parts[name].load_state(found)
+        parts = self._parts()
+        for name in state.keys() & parts.keys():
+            parts[name].load_state(state[name])
 
     def collect(self, context: Context, prompts: Sequence[Prompt], step: int) -> Experience:
         if missing := sorted(self.verbs - context.policy.verbs):
             advice = f" ({VERB_HELP[missing[0]]})" if missing[0] in VERB_HELP else ""
             raise UserError(f"the algorithm needs a policy that offers {', '.join(missing)}{advice}")
         context.policy.keep_mean = self.objective.needs_means
+        if "complete" in context.policy.verbs:
+            context.policy.noise_scale = self.prospects and self.prospects.scale
         if self.needs_entropy:
             context.policy.keep_entropy = True
         if self.record is not None:
@@ -299,8 +309,7 @@ class PolicyGradient:
             context.tally.mean("kl/reward", (rollout.logp.cpu() - reference)[rollout.mask.cpu()])
         baseline = score_greedy(context, rollout, step) if self.credit.method == "remax" else None
         turns = context.scorer.turns(rollout.samples, step) if self.credit.method in PER_DECISION else None
-        gained = self.credit.method == "gain"
-        before = prospects(context, rollout, scores.total, self.completion, step) if gained else None
+        before = self.prospects and self.prospects(context, rollout, scores.total, step)
         advantage, returns = self.credit(scores, rollout, mask, penalty, baseline, turns, before)
         groups = int(rollout.group.max()) + 1
         alive = torch.zeros(groups).index_add_(0, rollout.group.cpu(), advantage.abs().sum(1)) > 0

@@ -12,13 +12,20 @@ from mmrl import UserError
 from mmrl.advantages import extremes, group_advantages
 from mmrl.algorithms.base import Context
 from mmrl.algorithms.credit import Credit
-from mmrl.algorithms.denoising_credit import branch_advantages, column_advantages, noise_weights, reward_gains
+from mmrl.algorithms.denoising_credit import (
+    NoiseCalibration,
+    branch_advantages,
+    column_advantages,
+    noise_weights,
+    reward_gains,
+)
 from mmrl.algorithms.policy_gradient import PolicyGradient
 from mmrl.data import PromptSampler
 from mmrl.scoring import Scorer, Scores
 from mmrl.tally import Clock, Tally
 from mmrl.types import Prompt, Rollout, Samples
 from pipelines.branching import Branching
+from pipelines.windows import noise_levels
 
 GROUP = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
 # Each group is a tree: one decision, which all share, then two, then one of its own for every sample.
@@ -107,6 +114,30 @@ def test_options_that_make_no_sense_together_are_refused(advantage):
         PolicyGradient(advantage=advantage, kl_coef=0.1, kl_in="reward")
     with pytest.raises(UserError, match="group_size is 1"):
         PolicyGradient(advantage=advantage, group_size=1)
+
+
+def test_noise_grows_where_gains_are_balanced_and_shrinks_elsewhere():
+    options = {"calibrate_noise": NoiseCalibration(rate=0.1, bounds=(0.95, 4.0)), "advantage": "gain", "group_size": 2}
+    algorithm = PolicyGradient(**options)
+    policy = make(num_steps=3, guidance=1.0, noise_level=[0.5, 0.8])
+    context = Context(policy, Scorer([brightness]), 0, 8, Clock(), Tally(), PromptSampler(PROMPTS, 2))
+    experience = algorithm.collect(context, PROMPTS, 0)
+    assert experience.rollout.trace.noise[0].tolist() == [0.5, 0.8]
+    shares = [context.tally.result()[f"gain/positive/{column}"] for column in range(2)]
+    scale = algorithm.state()["prospects"]["scale"]
+    assert scale == [1.1 if share == 0.5 else 0.95 for share in shares]
+    resumed = PolicyGradient(**options)
+    resumed.load_state(algorithm.state())
+    noise = resumed.collect(context, PROMPTS, 1).rollout.trace.noise
+    assert noise[0].tolist() == pytest.approx([0.5 * scale[0], 0.8 * scale[1]])
+    # Algorithms that know of no calibration have the noise of the config.
+    plain = PolicyGradient(group_size=2).collect(context, PROMPTS, 2)
+    assert plain.rollout.trace.noise[0].tolist() == [0.5, 0.8]
+    with pytest.raises(UserError, match="calibrated for 2 decisions, but now there are 3"):
+        noise_levels(0.5, [0, 1, 2], [1.0, 1.0])
+    assert noise_levels(0.8, [0, 3], [1.5, 0.5], limit=1.0) == {0: 1.0, 3: 0.4}
+    with pytest.raises(UserError, match="goes by the gains of steps"):
+        PolicyGradient(calibrate_noise=NoiseCalibration())
 
 
 def brightness(samples: Samples) -> torch.Tensor:
