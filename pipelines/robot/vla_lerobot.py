@@ -1,8 +1,8 @@
-"""Flow policies of LeRobot (pi0, pi0.5, SmolVLA) as networks of a robot policy. Untested: see docs/robots.md.
+"""Flow policies of LeRobot (pi0, pi0.5, SmolVLA) as networks of a robot policy.
 
-LeRobot's releases want other versions of torch than mmrl does, so it is no dependency, and this could not be run beside
-it. The seam is what its flow policies share: ``predict_action_chunk`` reads the observation into a prefix, then calls
-``model.denoise_step`` for every step with the prefix, a noisy chunk and a time, 1 being noise.
+LeRobot's releases want other versions of torch than mmrl does, so it is no dependency and no test runs it; docs/robots.md
+says what was tried. The seam is what its flow policies share: ``predict_action_chunk`` reads the observation into a prefix,
+then calls ``model.denoise_step`` for every step with the prefix, a noisy chunk and a time, 1 being noise.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LeRobotEncoder(nn.Module):
             parameter.requires_grad_(TRAINED.search(name) is not None)
         self.before, after = make_pre_post_processors(config, policy)
         self.camera = f"observation.images.{camera}"
-        self.context_dim = config.max_state_dim
+        self.context_dim = spaces.state_dim
         self.scale = LeRobotScale(after, spaces.action_dim)
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class DenoiseStep(nn.Module):
     def __init__(self, model: nn.Module, width: int, time_width: int):
         super().__init__()
         self.model, self.width = model, width
-        self.time = TimeEmbedding(time_width)
+        self.time = TimeEmbedding(time_width).requires_grad_(False)
 
     def forward(self, context: Given, x: Tensor, time: Tensor) -> Tensor:
         """Velocity for noisy chunks ``x`` at times ``[n]``; what is beyond D stays at its mean, 0."""
