@@ -20,7 +20,9 @@ from mmrl.algorithms.denoising_credit import (
     reward_gains,
 )
 from mmrl.algorithms.policy_gradient import PolicyGradient
+from mmrl.config import parse_config
 from mmrl.data import PromptSampler
+from mmrl.plan import step_cost
 from mmrl.scoring import Scorer, Scores
 from mmrl.tally import Clock, Tally
 from mmrl.types import Prompt, Rollout, Samples
@@ -138,6 +140,14 @@ def test_noise_grows_where_gains_are_balanced_and_shrinks_elsewhere():
     assert noise_levels(0.8, [0, 3], [1.5, 0.5], limit=1.0) == {0: 1.0, 3: 0.4}
     with pytest.raises(UserError, match="goes by the gains of steps"):
         PolicyGradient(calibrate_noise=NoiseCalibration())
+
+
+@pytest.mark.parametrize(("completion", "each"), [("ode", 10 + 9 + 8 + 7 + 6 + 5 + 4 + 3 + 2), ("jump", 9)])
+def test_the_plan_knows_what_completions_cost(completion, each):
+    algorithm = {"type": "grpo", "advantage": "gain", "completion": completion, "group_size": 4}
+    data = {"pipeline": {"type": "diffusion", "model": "some/model"}, "data": {"prompts": ["a", "b"], "batch_size": 2}}
+    config = parse_config({**data, "rewards": ["jpeg"], "algorithm": algorithm})
+    assert step_cost(config, config.stages[0])["completion forwards"] == 8 * each
 
 
 def brightness(samples: Samples) -> torch.Tensor:
