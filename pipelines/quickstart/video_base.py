@@ -3,8 +3,8 @@
     python -m pipelines.quickstart.video_base OUT_DIR
 
 trains the autoencoder on clips of moving shapes, then the denoiser with the ``sft`` algorithm
-(``configs/quickstart/pretrain_video.yaml``), and writes the folder. No held-out request is in its data. About half an
-hour on one core.
+(``configs/quickstart/pretrain_video.yaml``), and writes the folder. No held-out request is in its data. The folder that
+is shipped comes from shorter runs of the same parts: its autoencoder saw about 20,000 clips and blurs outlines.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ WIDTH = 128
 LAYERS = 4
 TEXT_WIDTH = 64
 MAX_TOKENS = 8
-VAE_STEPS = 1100
-VAE_BATCH = 12
+VAE_STEPS = 3000
+VAE_BATCH = 16
 VAE_LR = 2e-3
 VAE_CLIPS = 2048
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart" / "pretrain_video.yaml"
@@ -88,7 +88,7 @@ def train_vae(seed: int, steps: int, report: Report) -> AutoencoderKLWan:
         posterior = vae.encode(batch).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=draws)
         decoded = decode_unclipped(vae, posterior.mean + posterior.std * noise)
-        error = (decoded - batch).square().mean() + 0.2 * (decoded - batch).abs().mean()
+        error = (decoded - batch).square().mean() + 0.5 * (decoded - batch).abs().mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         loss = error + 1e-5 * kl
         optimiser.zero_grad()
