@@ -16,7 +16,7 @@ from mmrl.advantages import (
     whiten,
 )
 from mmrl.algorithms.credit import Credit
-from mmrl.algorithms.preference import pair_up
+from mmrl.algorithms.pairs import pair_up
 from mmrl.errors import UserError
 from mmrl.scoring import Scorer, Term
 from mmrl.types import Prompt, Rollout, Samples
