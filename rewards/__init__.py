@@ -67,7 +67,7 @@ REWARDS: dict[str, tuple[str, str]] = {
         "how well frames are foreseen from their neighbours, by optical flow (VBench)",
     ),
     "moving_shapes": (
-        "rewards.moving_shapes:MovingShapes",
+        "rewards.shapes:MovingShapes",
         "exact check of colour, shape, direction and speed in clips of plain shapes",
     ),
     "number": ("rewards.answers:Number", "whether a number is right within a tolerance"),

@@ -1,16 +1,16 @@
-"""How well pictures of the quickstart world show what their prompts ask for."""
+"""How well pictures and clips of the quickstart world show what their prompts ask for."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mmrl.errors import UserError
 from mmrl.types import Samples
-from mmrl.world.captions import check_target
-from mmrl.world.verify import score
+from mmrl.world import captions, motion, motion_verify, verify
 
 
 class Shapes:
@@ -24,6 +24,9 @@ class Shapes:
     name = "shapes"
     differentiable = False
     partial = False
+    output: ClassVar[str] = "images"
+    check: ClassVar[Callable] = staticmethod(captions.check_target)
+    score: ClassVar[Callable] = staticmethod(verify.score)
 
     def __init__(self, mode: Literal["graded", "strict"] = "graded"):
         self.mode = mode
@@ -32,13 +35,23 @@ class Shapes:
         """Scores ``[N]``.
 
         Raises:
-            UserError: the samples are not square pictures, or a prompt's target is not a request of the shape world.
+            UserError: the samples are not of this kind, not square, or a prompt's target is not a request of the world.
         """
-        if samples.images is None:
-            raise UserError("reward 'shapes' scores images, but the samples have none")
-        if samples.images.shape[-1] != samples.images.shape[-2]:
-            raise UserError(f"reward 'shapes' needs square pictures, not {tuple(samples.images.shape[-2:])}")
+        made = getattr(samples, self.output)
+        if made is None:
+            raise UserError(f"reward '{self.name}' scores {self.output}, but the samples have none")
+        if made.shape[-1] != made.shape[-2]:
+            raise UserError(f"reward '{self.name}' needs square {self.output}, not {tuple(made.shape[-2:])}")
         for prompt in samples.prompts:
-            check_target(prompt.target, prompt.id or prompt.text)
+            self.check(prompt.target, prompt.id or prompt.text)
         targets = [prompt.target for prompt in samples.prompts]
-        return torch.tensor(score(samples.images, targets, strict=self.mode == "strict"), dtype=torch.float32)
+        return torch.tensor(self.score(made, targets, strict=self.mode == "strict"), dtype=torch.float32)
+
+
+class MovingShapes(Shapes):
+    """The same for clips of moving shapes: colour, shape, direction and speed (:mod:`mmrl.world.motion_verify`)."""
+
+    name = "moving_shapes"
+    output = "videos"
+    check = staticmethod(motion.check_target)
+    score = staticmethod(motion_verify.score)
