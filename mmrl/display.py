@@ -168,10 +168,14 @@ class Display:
         evaluations = summary.get("eval") or {}
         before, after = (_evaluation_rows(evaluations.get(key) or {}) for key in ("before", "after"))
         intervals = _intervals(evaluations.get("after") or {})
+        between = [(stage, _evaluation_rows(values)) for stage, values in (evaluations.get("stages") or {}).items()][
+            :-1
+        ]
         for name, value in after.items():
             if name in before:
-                now = f"{_score(value)}{intervals.get(name, '')}"
-                self.message(f"{name}: {_score(before[name])} -> {now} ({_change(value - before[name])})")
+                path = [_score(before[name]), *(f"{_score(rows[name])} ({s})" for s, rows in between if name in rows)]
+                path.append(f"{_score(value)}{intervals.get(name, '')}")
+                self.message(f"{name}: {' -> '.join(path)} ({_change(value - before[name])})")
         if "steps" in summary and "seconds" in summary:
             self.message(f"{summary['steps']} steps in {duration(float(summary['seconds']))}")
         if summary.get("checkpoint"):

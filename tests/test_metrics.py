@@ -244,3 +244,14 @@ def test_importing_is_light():
     code += "{'PIL', 'matplotlib', 'tensorboard', 'torch.utils.tensorboard', 'diffusers', 'transformers', 'wandb'}])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_last_lines_show_what_each_stage_left():
+    out = io.StringIO()
+    found = {
+        "before": {"eval/reward": 0.0},
+        "after": {"eval/reward": 0.75},
+        "stages": {"clone": {"eval/reward": 0.25}, "practice": {"eval/reward": 0.75}},
+    }
+    Display(console=Console(file=out, width=200)).finish({"eval": found, "steps": 8, "seconds": 2.0})
+    assert out.getvalue().splitlines()[0] == "reward: 0.000 -> 0.250 (clone) -> 0.750 (+0.750)"
