@@ -145,7 +145,7 @@ def test_reward_from_a_file_beside_the_config(tmp_path):
         ("pipeline.window=[9]", "window [9] has step 9"),
         ("pipeline.window={first: 40}", "asks for 40 steps"),
         ("seed=-1", "'seed' is -1"),
-        ("pipeline=null", "'pipeline.type' is missing (choices: diffusion, vlm, robot)"),
+        ("pipeline=null", f"'pipeline.type' is missing (choices: {', '.join(PIPELINES)})"),
         ("stages=[]", "'stages' is a list, but should be a list of at least one stage"),
         ("stages=[3]", "'stages.0' is 3, but should be a mapping"),
         ("stages=[{nam: a}]", "unknown key 'stages.0.nam' (did you mean 'name'?)"),
