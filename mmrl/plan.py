@@ -60,5 +60,6 @@ def step_cost(config: Config, stage: StageConfig) -> dict[str, Any]:
         calls, with_gradient = algorithm.network_calls(each["generate"])
         cost["sampling forwards"] = samples * calls
         cost["of these with gradient"] = samples * with_gradient
-    cost["optimiser steps"] = passes * getattr(algorithm, "minibatches", 1)
+    steps = passes * getattr(algorithm, "minibatches", 1)
+    cost["optimiser steps"] = getattr(algorithm, "optimiser_steps", steps)
     return {key: value for key, value in cost.items() if value}

@@ -6,11 +6,12 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from mmrl.transitions import Transitions
 from mmrl.types import Chain, Decisions, Denoising, Prompt, Rollout, Samples
 
 VERB_HELP = {
@@ -23,6 +24,7 @@ VERB_HELP = {
     "complete": "only the sampler of a diffusion or flow pipeline can complete its own states",
     "branches": "samples share decisions where pipeline.branching is set",
     "denoise": "only models that denoise have a forward process: diffusion and flow pipelines, flow heads of robots",
+    "transitions": "only the pipeline residual_robot, an actor beside a frozen robot policy, has critics and a replay",
 }
 """What to do about a verb that is missing."""
 
@@ -41,7 +43,8 @@ class Policy(Protocol):
             "candidates", when single decisions can be taken anew (``candidates``);
             "chain", when gradient flows through its sampler (``chain``);
             "complete", when the states before its decisions can be completed without noise (``complete``);
-            "branches", when the samples of a group share their first decisions, and rollouts have ``branch``.
+            "branches", when the samples of a group share their first decisions, and rollouts have ``branch``;
+            "transitions", when it has an actor, critics and a replay buffer of transitions (``remember``, ``recall``).
         parameters: what trains.
         counters: work done so far (forwards, prompts encoded...), for tests and reports.
         batch_size: samples per network call; updates use the same, so that a replay sees the same batch shapes.
@@ -185,6 +188,33 @@ class DenoisingPolicy(Policy, Protocol):
         made at its states ``x`` and ``time``, everything else is taken over. So the policy before an update, an average
         or the reference is the same call inside ``parameters.swapped(name)`` or ``reference()``.
         """
+
+
+class TransitionsPolicy(Policy, Protocol):
+    """A policy of the verb "transitions": an actor and critics that learn from replayed transitions.
+
+    Attributes:
+        log_temperature: parameter, log of the weight of the actor's entropy.
+        num_critics: E.
+    """
+
+    log_temperature: nn.Parameter
+    num_critics: int
+
+    def remember(self, rollout: Rollout, rewards: Sequence[Sequence[float]], prior: bool = False) -> None:
+        """Keep the turns of a rollout, with what each turn of each sample earned; ``prior`` ones apart."""
+
+    def recall(self, count: int, prior_share: float, generator: torch.Generator) -> Transitions:
+        """Some of those kept; ``prior_share`` of them prior ones, if there are any."""
+
+    def act(self, situation: Tensor, normals: Tensor) -> tuple[Tensor, Tensor]:
+        """The actor's action ``[n, A]`` in [-1, 1] from normal numbers ``[n, A]``, and its log-density ``[n]``."""
+
+    def critics(self, situation: Tensor, action: Tensor, which: Literal["trained", "fixed", "slow"]) -> Tensor:
+        """Predicted return ``[E, n]``; gradient reaches the critics' parameters only where they are ``trained``."""
+
+    def follow(self, rate: float) -> None:
+        """Move the critics' slow copies so far towards them."""
 
 
 class Parameters:

@@ -43,6 +43,7 @@ PIPELINES = {
     "diffusion": Entry("pipelines.diffusion:DiffusionPolicy", "any diffusers pipeline, through its scheduler"),
     "vlm": Entry("pipelines.vlm.policy:VLMPolicy", "any transformers model for images and text"),
     "robot": Entry("pipelines.robot.policy:RobotPolicy", "action heads over gymnasium environments"),
+    "residual_robot": Entry("pipelines.robot.residual:ResidualPolicy", "a small actor corrects a frozen robot policy"),
 }
 ALGORITHMS = {
     "grpo": Entry(_POLICY_GRADIENT, "clipped policy gradient with group-normalised advantages (GRPO, Flow-GRPO)"),
@@ -210,6 +211,9 @@ ALGORITHMS = {
     "soar": Entry(
         "mmrl.algorithms.self_correction:SelfCorrection",
         "supervised training that also learns the way back from the model's own steps (SOAR)",
+    ),
+    "residual_rl": Entry(
+        "mmrl.algorithms.off_policy:OffPolicy", "soft actor-critic on replayed transitions of a residual policy (RLPD)"
     ),
     "sft": Entry("mmrl.algorithms.supervised:Supervised", "supervised training on the prompts' targets"),
 }
