@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from training import training_step
 
 from mmrl.algorithms.base import Context
 from mmrl.components import algorithm_component, build_algorithm
@@ -152,13 +153,7 @@ def train(name, modality, steps=40, rise=0.001):
     optimizer = torch.optim.Adam(list(policy.parameters), lr=LEARNING_RATE[modality])
     before = after = mean_reward(modality)
     for step in range(steps):
-        with torch.no_grad():
-            experience = algorithm.collect(context, context.prompts.batch(step), step)
-        for update in algorithm.updates(context, experience, step):
-            for micro_batch in update.micro_batches:
-                algorithm.loss(context, micro_batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        training_step(algorithm, context, optimizer, step)
         after = mean_reward(modality)
         if after > before + rise:
             break

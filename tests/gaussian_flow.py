@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from training import training_step
 
 from mmrl.algorithms.base import Context
 from mmrl.data import PromptSampler
@@ -143,13 +144,7 @@ def train(algorithm, lent: Context, steps: int, lr: float) -> torch.Tensor:
     kept = []
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        with torch.no_grad():
-            experience = algorithm.collect(lent, lent.prompts.batch(step), step)
-        for update in algorithm.updates(lent, experience, step):
-            for micro_batch in update.micro_batches:
-                algorithm.loss(lent, micro_batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        training_step(algorithm, lent, optimizer, step)
         if step >= steps * 2 // 3:
             kept.append(torch.cat([lent.policy.mean, lent.policy.std]).detach())
     return torch.stack(kept).mean(0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from training import training_step
 
 from mmrl.algorithms.base import Context
 from mmrl.algorithms.experience import Experience
@@ -198,17 +199,7 @@ def table_context(policy: TablePolicy, reward=share_right, micro_batch_size: int
 
 def take_step(algorithm, context: Context, step: int = 0, lr: float = 1.0) -> Experience:
     """One training step of plain gradient descent."""
-    with torch.no_grad():
-        experience = algorithm.collect(context, context.prompts.batch(step), step)
-    for update in algorithm.updates(context, experience, step):
-        for micro_batch in update.micro_batches:
-            algorithm.loss(context, micro_batch).backward()
-        with torch.no_grad():
-            for parameter in context.policy.parameters:
-                if parameter.grad is not None:
-                    parameter -= lr * parameter.grad
-                    parameter.grad = None
-    return experience
+    return training_step(algorithm, context, torch.optim.SGD(list(context.policy.parameters), lr), step)
 
 
 HERE = Path(__file__).resolve()

@@ -6,6 +6,7 @@ Only the clean output is needed, so any sampler will do and no log-probs are kep
 from __future__ import annotations
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -91,9 +92,9 @@ class ForwardProcess(OnlineFit):
         """Whether the old policy is ever another than the current one, so that a copy is needed."""
         return not self.old.none or (self.compares_with_old and self.epochs * self.minibatches > 1)
 
+    @abstractmethod
     def objective(self, context: Context, rows: Weighted, seeds: Sequence[int], now: Denoising, old: Tensor) -> Tensor:
         """Losses ``[n]`` of samples; ``old`` is the prediction of the old policy at the same states."""
-        raise NotImplementedError
 
     def weigh(self, scores: Tensor, group: Tensor) -> Tensor:
         advantage = sample_advantages(scores, group, self.advantage)

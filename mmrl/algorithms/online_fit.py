@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -58,7 +59,7 @@ class MicroBatch:
 
 
 @dataclass
-class OnlineFit:
+class OnlineFit(ABC):
     """Sample groups, give each sample a weight by its score, minimise the weighted ``fit``.
 
     Args:
@@ -87,6 +88,7 @@ class OnlineFit:
         """Times that a sample is fitted in a pass, on average."""
         return self.noise_draws
 
+    @abstractmethod
     def weigh(self, scores: Tensor, group: Tensor) -> Tensor:
         """Weights ``[n]``, NaN for samples that take no part.
 
@@ -94,7 +96,6 @@ class OnlineFit:
             scores: ``[n]`` on the CPU; NaN where no reward applies.
             group: long ``[n]``, numbered from 0.
         """
-        raise NotImplementedError
 
     def sampling(self, context: Context, step: int) -> contextlib.AbstractContextManager[None]:
         """Inside, the policy is the one that samples."""

@@ -7,6 +7,7 @@ steps and micro-batches; ``policy_loss`` adds up objective, KL, entropy and valu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -315,31 +316,29 @@ class PolicyGradient:
         alive = torch.zeros(groups).index_add_(0, rollout.group.cpu(), advantage.abs().sum(1)) > 0
         context.tally.mean("groups/without_signal", (~alive).float())
         rollout, factor = self._factor(context, rollout, mask)
-        place, count = turns_of(rollout, mask).places()
-        if self.decision_discount < 1:
-            discounts = discount_factor(place, count, self.decision_discount)
-            factor = discounts if factor is None else factor * discounts
-        if self.step_weight == "noise":
-            weights = noise_weights(rollout, mask)
-            factor = weights if factor is None else factor * weights
-        clip_scale = None if self.clip_schedule is None else self.clip_schedule.scale(place, count)
+        clip_scale = None
+        if self.clip_schedule is not None:
+            clip_scale = self.clip_schedule.scale(*turns_of(rollout, mask).places())
         return Experience(rollout, advantage, mask, factor, clip_scale, reference, returns)
 
     def _factor(self, context: Context, rollout: Rollout, mask: Tensor) -> tuple[Rollout, Tensor | None]:
         """What multiplies the policy term, and the rollout with the log-probs that ratios are to be taken against."""
-        if self.importance is None and self.top_entropy == 1:
-            return rollout, None
-        found = replay(context, rollout)
-        factor = torch.ones(mask.shape)
+        factors = []
+        if self.importance is not None or self.top_entropy < 1:
+            found = replay(context, rollout)
         if self.top_entropy < 1:
-            factor = top_entropy_mask(found.entropy, mask, self.top_entropy)
+            factors.append(top_entropy_mask(found.entropy, mask, self.top_entropy))
         if self.importance is not None:
             now = torch.where(rollout.mask.cpu(), found.logp, 0.0)
             weights = self.importance.weights(now, rollout.logp.cpu(), mask)
             context.tally.mean("importance/mean", weights, mask.float())
-            factor = factor * weights
+            factors.append(weights)
             rollout = replace(rollout, logp=now.to(rollout.logp.device))
-        return rollout, factor
+        if self.decision_discount < 1:
+            factors.append(discount_factor(*turns_of(rollout, mask).places(), self.decision_discount))
+        if self.step_weight == "noise":
+            factors.append(noise_weights(rollout, mask))
+        return rollout, math.prod(factors) if factors else None
 
     def updates(self, context: Context, experience: Experience, step: int) -> Iterator[Update]:
         """Optimiser steps. Rows that nothing acts on count in the totals but nothing is computed for them."""

@@ -20,13 +20,13 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from mmrl.seeding import derive_seed, generator
+from mmrl.seeding import derive_seed
 from mmrl.types import Prompt
 from mmrl.world import draw, place
 from mmrl.world.captions import TASKS, Target, all_targets, caption, is_held_out, vocabulary
 from mmrl.world.prompts import read
 from mmrl.world.scenes import COLOURS, OPPOSITE, SHAPES
-from pipelines.quickstart.making import Report, build_t5_encoder, write
+from pipelines.quickstart.making import Report, build_t5_encoder, fit_autoencoder, mean_latents, write
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -233,26 +233,19 @@ def train_vae(seed: int, steps: int, report: Report) -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     ).to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=3e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
-        draws = generator(seed, "vae", step)
-        batch = pictures[torch.randint(len(pictures), (16,), generator=draws)]
-        posterior = vae.encode(batch).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=draws)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        error = (decoded - batch).abs().mean() + (decoded - batch).square().mean()
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        loss = error + 1e-3 * kl
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        report(step, {"error": error.item(), "kl": kl.item()})
-    vae.eval().requires_grad_(False)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures[:1024].split(128)])
+    fit_autoencoder(
+        vae,
+        pictures,
+        lambda latents: vae.decode(latents).sample,
+        seed=seed,
+        steps=steps,
+        lr=3e-3,
+        batch_size=16,
+        absolute=1.0,
+        kl=1e-3,
+        report=report,
+    )
+    latents = mean_latents(vae, pictures[:1024], 128)
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     return vae
 

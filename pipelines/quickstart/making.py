@@ -1,4 +1,4 @@
-"""What the quickstart's diffusion base models are made with: words as tokens, and how a folder is written."""
+"""What the quickstart's diffusion base models are made with: autoencoders, words as tokens, how a folder is written."""
 
 from __future__ import annotations
 
@@ -7,14 +7,64 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from mmrl.seeding import generator
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline
     from transformers import T5EncoderModel, T5Tokenizer, UMT5EncoderModel
 
 Report = Callable[[int, dict[str, float]], None]
 """Called with the number of a step that was made and its losses."""
+
+
+def fit_autoencoder(
+    vae: AutoencoderKL | AutoencoderKLWan,
+    examples: Tensor,
+    decode: Callable[[Tensor], Tensor],
+    seed: int,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    absolute: float,
+    kl: float,
+    report: Report,
+) -> None:
+    """Train an autoencoder in place on pictures or clips in [-1, 1], then freeze it.
+
+    Args:
+        examples: ``[N, ...]`` as the encoder takes them.
+        decode: from latents.
+        lr: the highest, of a one-cycle schedule.
+        absolute: weight of the absolute error beside the squared one.
+        kl: weight of the latents' divergence from a standard normal distribution.
+        report: called after every step.
+    """
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        draws = generator(seed, "vae", step)
+        batch = examples[torch.randint(len(examples), (batch_size,), generator=draws)]
+        posterior = vae.encode(batch).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=draws)
+        off = decode(posterior.mean + posterior.std * noise) - batch
+        error = off.square().mean() + absolute * off.abs().mean()
+        divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        optimiser.zero_grad()
+        (error + kl * divergence).backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        report(step, {"error": error.item(), "kl": divergence.item()})
+    vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def mean_latents(vae: AutoencoderKL | AutoencoderKLWan, examples: Tensor, batch_size: int) -> Tensor:
+    """Means of the posteriors of examples, ``[N, ...]``."""
+    return torch.cat([vae.encode(part).latent_dist.mean for part in examples.split(batch_size)])
 
 
 def build_t5_tokenizer(vocabulary: Sequence[str], max_tokens: int) -> T5Tokenizer:

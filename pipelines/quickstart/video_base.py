@@ -11,16 +11,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmrl.seeding import derive_seed, generator
+from mmrl.seeding import derive_seed
 from mmrl.world.motion import film, place, rows, vocabulary
-from pipelines.quickstart.making import Report, build_t5_encoder, build_t5_tokenizer, write
+from pipelines.quickstart.making import (
+    Report,
+    build_t5_encoder,
+    build_t5_tokenizer,
+    fit_autoencoder,
+    mean_latents,
+    write,
+)
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -80,26 +88,19 @@ def train_vae(seed: int, steps: int, report: Report) -> AutoencoderKLWan:
     clips = film([place(row["target"], rng) for row in rows(VAE_CLIPS, "train", seed)]).transpose(1, 2) * 2 - 1
     torch.manual_seed(derive_seed(seed, "vae"))
     vae = build_vae()
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=VAE_LR, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, VAE_LR, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
-        draws = generator(seed, "vae", step)
-        batch = clips[torch.randint(len(clips), (VAE_BATCH,), generator=draws)]
-        posterior = vae.encode(batch).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=draws)
-        decoded = decode_unclipped(vae, posterior.mean + posterior.std * noise)
-        error = (decoded - batch).square().mean() + 0.5 * (decoded - batch).abs().mean()
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        loss = error + 1e-5 * kl
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        report(step, {"error": error.item(), "kl": kl.item()})
-    vae.eval().requires_grad_(False)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latent_dist.mean for part in clips[:1024].split(64)])
+    fit_autoencoder(
+        vae,
+        clips,
+        partial(decode_unclipped, vae),
+        seed=seed,
+        steps=steps,
+        lr=VAE_LR,
+        batch_size=VAE_BATCH,
+        absolute=0.5,
+        kl=1e-5,
+        report=report,
+    )
+    latents = mean_latents(vae, clips[:1024], 64)
     channels = latents.transpose(0, 1).flatten(1)
     vae.register_to_config(latents_mean=channels.mean(1).tolist(), latents_std=channels.std(1).tolist())
     return vae

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file
 from table_policy import lines
 from torch.distributions import Normal
+from training import training_step
 
 from mmrl import checkpoints, run
 from mmrl.algorithms.base import Context
 from mmrl.components import algorithm_component, build_algorithm
 from mmrl.config import parse_config
+from mmrl.data import PromptSampler
 from mmrl.scoring import Scorer
 from mmrl.tally import Clock, Tally
 from mmrl.types import Prompt
@@ -140,19 +142,13 @@ def test_the_optimum_of_a_linear_quadratic_problem_is_reached(algorithm, batch):
     value = algorithm["type"] == "ppo"
     robot = RobotPolicy("mlp", env, head, horizon=1, normalise="none", value_head=value, value_hidden=[32])
     algorithm = build_algorithm(algorithm_component(algorithm | {"clip_range": 0.2}, where="test", path="algorithm"))
-    optimiser = torch.optim.Adam(robot.parameters, lr=5e-2)
+    optimiser = torch.optim.Adam(list(robot.parameters), lr=5e-2)
+    starts = PromptSampler(STARTS, batch, shuffle=False)
     for step in range(25):
         for group in optimiser.param_groups:
             group["lr"] = 5e-2 * (1 - step / 25)
-        context = Context(robot, Scorer([EpisodeReturn()]), 0, 256, Clock(), Tally())
-        first = step * batch % 256
-        with torch.no_grad():
-            experience = algorithm.collect(context, STARTS[first : first + batch], step)
-        for update in algorithm.updates(context, experience, step):
-            for micro_batch in update.micro_batches:
-                algorithm.loss(context, micro_batch).backward()
-            optimiser.step()
-            optimiser.zero_grad()
+        context = Context(robot, Scorer([EpisodeReturn()]), 0, 256, Clock(), Tally(), starts)
+        training_step(algorithm, context, optimiser, step)
     layer = robot.head.network[0]
     # Actions are in units of the environment's bound, 2.
     assert torch.allclose(2 * layer.weight, -torch.eye(2) / 2, atol=0.05)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_diffusion_policy import PROMPTS, make
+from training import training_step
 
 from mmrl import UserError
 from mmrl.advantages import extremes, group_advantages
@@ -180,13 +181,7 @@ def test_every_method_makes_pictures_brighter(name):
 
     start = held_out()
     for step in range(4):
-        with torch.no_grad():
-            experience = algorithm.collect(context, context.prompts.batch(step), step)
-        for update in algorithm.updates(context, experience, step):
-            for micro_batch in update.micro_batches:
-                algorithm.loss(context, micro_batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        training_step(algorithm, context, optimizer, step)
     assert held_out() > start + 0.008
     result = context.tally.result()
     if chosen.get("advantage") == "gain":

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmrl.types import Decisions, Denoising
+from mmrl.types import Decisions
 
 OverActions = Literal["mean", "sum"]
 OverSteps = Literal["step", "mean", "sum"]
@@ -59,7 +60,7 @@ class Sampled:
         return Sampled(self.actions[:n], {name: x[:n] for name, x in self.record.items()}, elements, mean)
 
 
-class ActionHead(nn.Module):
+class ActionHead(nn.Module, ABC):
     """Samples chunks of actions from contexts, scores recorded ones again and explains given ones.
 
     Sampler and scorer must share the function that computes the distribution, so that a replay gives the same numbers.
@@ -70,7 +71,8 @@ class ActionHead(nn.Module):
             are executed.
         verbs: what it offers besides sampling, ``decisions`` and ``fit``: "means" if decisions are Gaussians of a fixed
             std whose log-prob is the mean over elements, "entropy" if ``decisions`` gives entropies once its attribute
-            ``keep_entropy`` is set, "denoise" if chunks can be noised again.
+            ``keep_entropy`` is set, "denoise" if chunks can be noised again, by a method ``denoise`` such as
+            :meth:`pipelines.robot.heads.denoising.DenoisingHead.denoise`.
         steps, trained_calls: rows through its network that a turn costs in sampling and in ``decisions``.
         fit_normals: standard normal numbers that explaining one chunk takes.
     """
@@ -83,38 +85,37 @@ class ActionHead(nn.Module):
     keep_entropy: bool = False
     fit_normals: int = 0
 
+    @abstractmethod
     def draw(self, turns: int, generator: torch.Generator, deterministic: bool = False) -> Tensor:
         """The random numbers ``[turns, m]`` of so many turns of one episode, on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, context: Any, draws: Tensor, deterministic: bool = False) -> Sampled:
         """Chunks for n contexts; ``draws`` ``[n, m]`` holds all that is random, a turn's row of :meth:`draw` each.
 
         The deterministic sampler takes means (and what else a head does without chance); its draws are those of
         ``draw(..., deterministic=True)``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def logp(self, elements: Tensor, executed: Tensor) -> Tensor:
         """Log-probs ``[n, t]`` of decisions from those of elements, counting ``executed`` ``[n]`` actions of each."""
-        raise NotImplementedError
 
     def mask(self, executed: Tensor) -> Tensor:
         """Which decisions ``[n, t]`` of a turn that carried out ``executed`` ``[n]`` actions count; by default all."""
         return torch.ones(len(executed), self.decisions_per_turn, dtype=torch.bool, device=executed.device)
 
+    @abstractmethod
     def decisions(
         self, context: Any, record: Mapping[str, Tensor], executed: Tensor, columns: Sequence[int] | None = None
     ) -> Decisions:
         """Recorded decisions of n turns, the ``columns`` of t (default all), with gradient: fields ``[n, t, ...]``."""
-        raise NotImplementedError
 
     def fit(self, context: Any, actions: Tensor, executed: Tensor, normals: Tensor) -> Tensor:
-        """Loss ``[n]`` of explaining chunks ``[n, H, D]``; all chance is in ``normals`` ``[n, fit_normals]``."""
-        raise NotImplementedError
+        """Loss ``[n]`` of explaining chunks ``[n, H, D]``; all chance is in ``normals`` ``[n, fit_normals]``.
 
-    def denoise(self, context: Any, actions: Tensor, executed: Tensor, normals: Tensor, at: Denoising | None):
-        """See :meth:`mmrl.policy.Policy.denoise`, for n chunks; from heads of the verb "denoise"."""
+        A head without it serves policies that do not offer the verb "fit".
+        """
         raise NotImplementedError
 
     def begin_stage(self) -> None:

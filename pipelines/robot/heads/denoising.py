@@ -6,6 +6,7 @@ both ask it, so that a replay cannot drift from the rollout.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -111,9 +112,9 @@ class DenoisingHead(ActionHead):
         self.verbs = frozenset({"denoise", "means"} if plain_gaussian and over_actions == "mean" else {"denoise"})
         self.fit_normals = 1 + shape.horizon * shape.action_dim
 
+    @abstractmethod
     def endpoints(self, x: Tensor, output: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Estimates of the clean chunk and of the noise from the network's output at the steps ``index`` ``[n]``."""
-        raise NotImplementedError
 
     def transition(self, context: Any, x: Tensor, index: Tensor, noisy: Tensor, frozen: bool = False):
         """Mean ``[n, H, D]`` and std of the steps ``index`` ``[n]`` from ``x``, with noise where ``noisy`` is 1.
@@ -207,9 +208,9 @@ class DenoisingHead(ActionHead):
         std = std.clamp(min=self.min_logp_std).view(n, k)
         return Decisions(logp, action=after, mean=mean, std=std, dt=self.table[index, 3])
 
+    @abstractmethod
     def noised(self, actions: Tensor, normals: Tensor) -> Denoising:
         """Chunks ``[n, H, D]`` at noise levels drawn for training, without a prediction."""
-        raise NotImplementedError
 
     def denoise(
         self, context: Any, actions: Tensor, executed: Tensor, normals: Tensor, at: Denoising | None = None
