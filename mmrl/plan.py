@@ -12,7 +12,7 @@ def forwards_per_sample(pipeline: Component) -> dict[str, int]:
     """Network forwards of one sample for each verb.
 
     A policy class says so in a static ``forwards_per_sample(**options)``; without it a sampler of ``num_steps`` steps
-    is assumed whose last step is not trained.
+    is assumed whose last step is not trained. "kept" is what the first update on a rollout need not run again.
     """
     hook = getattr(pipeline.target, "forwards_per_sample", None)
     if hook is not None:
@@ -35,8 +35,9 @@ def step_cost(config: Config, stage: StageConfig) -> dict[str, Any]:
     if "rollout" in algorithm.verbs:
         cost["rollout forwards"] = samples * each["rollout"]
     if "decisions" in algorithm.verbs:
-        cost["update forwards"] = samples * each["decisions"] * passes
-        cost["reference forwards"] = cost["update forwards"] * references
+        free = samples * each.get("kept", 0) // getattr(algorithm, "minibatches", 1)
+        cost["update forwards"] = samples * each["decisions"] * passes - free
+        cost["reference forwards"] = samples * each["decisions"] * passes * references
     if "candidates" in algorithm.verbs:
         # Each takes its step, and one more that shows where it leads.
         cost["candidate forwards"] = samples * algorithm.steps_per_rollout * algorithm.candidates * 2

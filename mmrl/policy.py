@@ -58,9 +58,11 @@ class Policy(Protocol):
         max_decisions: longest output, where there is a limit; the default divisor of the "constant" aggregation.
         record: optional, of policies that act in an environment; the first so many episodes of each ``generate`` keep
             pictures (``Episode.frames``). 0, but for evaluations, which show a few episodes to people.
-        begin_stage, report, overview: optional methods. ``begin_stage(prompts)`` is called with a stage's prompts as
-            it begins, and not when it is resumed: what it sets must be in ``parameters``. ``report()`` gives numbers to
-            log with each step; ``overview()`` gives lines, by name, on what is about to be trained.
+        begin_stage, finish_backward, report, overview: optional methods. ``begin_stage(prompts)`` is called with a
+            stage's prompts as it begins, and not when it is resumed: what it sets must be in ``parameters``.
+            ``finish_backward()`` is called after the last backward of an update: the place to carry on gradient that
+            has been gathered so far. ``report()`` gives numbers to log with each step; ``overview()`` gives lines, by
+            name, on what is about to be trained.
     """
 
     verbs: frozenset[str]

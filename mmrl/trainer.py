@@ -168,6 +168,8 @@ class Trainer:
                     with self._autocast(options):
                         loss = algorithm.loss(context, micro_batch)
                     scaler.scale(loss).backward()
+                if hasattr(self.policy, "finish_backward"):
+                    self.policy.finish_backward()
                 grad_norms.append(self._apply(optimizer, scaler, options))
                 self._update_average(options)
         metrics = context.tally.result()

@@ -20,6 +20,7 @@ from pipelines import adapters, latents, loading
 from pipelines.adapters import LoRA
 from pipelines.branching import Branching, branched_rollout
 from pipelines.guidance import NegativeBranch, NegativeModel
+from pipelines.kept_graph import KeptGraph
 from pipelines.noising import FitTime, noised_again
 from pipelines.scheduler_seam import JumpToX0, Kernel, Replay, Sample, Velocity
 from pipelines.seam import Call, Seam
@@ -50,6 +51,9 @@ class DiffusionPolicy:
         branching: samples of a prompt share their first steps, as a tree or a fan (:mod:`pipelines.branching`).
         gradient_checkpointing: recompute activations in the backward pass (the denoiser's blocks and the VAE); with
             ``step``, whole denoising steps, so that the gradient of many steps needs the memory of one.
+        keep_graph: keep the graphs of the stochastic steps while sampling, so that the first update on a rollout runs
+            no forward again (:mod:`pipelines.kept_graph`). Memory grows with the rows of a rollout times the steps of
+            the window: for short windows, small models, or together with ``gradient_checkpointing``.
         vae_tiling: decode pictures in overlapping tiles, one at a time; clips also in overlapping chunks of frames, by
             VAEs that do not go frame by frame anyway.
         keep_mean: keep the behaviour means in ``rollout.mean``.
@@ -85,6 +89,7 @@ class DiffusionPolicy:
         shared_prefix: bool = False,
         branching: Branching | None = None,
         gradient_checkpointing: bool | Literal["step"] = False,
+        keep_graph: bool = False,
         vae_tiling: bool = False,
         keep_mean: bool = False,
         keep_states: Literal["window", "all"] = "window",
@@ -104,7 +109,7 @@ class DiffusionPolicy:
         self.noise_scale: Sequence[float] | None = None
         self.num_steps = num_steps
         self.window = window
-        self.validate(num_steps, step, window, same_noise, shared_prefix, None, noise_level, branching)
+        self.validate(num_steps, step, window, same_noise, shared_prefix, None, noise_level, branching, keep_graph)
         self.batch_size = batch_size
         self.same_noise = same_noise
         self.shared_prefix = shared_prefix
@@ -127,6 +132,7 @@ class DiffusionPolicy:
         self.negative = None if negative is None else NegativeBranch(pipe, negative)
         self.lora = lora
         self.parameters = adapters.train_all(pipe, train) if lora is None else adapters.add_lora(pipe, lora)
+        self.kept = KeptGraph(self.parameters) if keep_graph else None
         if gradient_checkpointing:
             adapters.enable_gradient_checkpointing(pipe, whole_steps=gradient_checkpointing == "step")
         if vae_tiling:
@@ -144,6 +150,7 @@ class DiffusionPolicy:
         model: str | None = None,
         noise_level: float | list[float] = 0.7,
         branching: Branching | None = None,
+        keep_graph: bool = False,
         **others: Any,
     ) -> None:
         """Check what needs no model in memory; raises ``UserError``. ``others`` are options that are not looked at."""
@@ -157,6 +164,8 @@ class DiffusionPolicy:
                     "branching needs stochastic steps, and shares the steps before them without shared_prefix"
                 )
             branching.splits(stochastic)
+        if keep_graph and (step == "ode" or branching is not None):
+            raise UserError("keep_graph is for stochastic steps that samples do not share: no step: ode, no branching")
         if shared_prefix and not same_noise:
             raise UserError("shared_prefix needs same_noise: true, since members of a group share their first steps")
 
@@ -166,7 +175,9 @@ class DiffusionPolicy:
         return DiffusionPolicy.verbs if branching else DiffusionPolicy.verbs - {"branches"}
 
     @staticmethod
-    def forwards_per_sample(num_steps: int, step: StepKind, window: Any, **others: Any) -> dict[str, int]:
+    def forwards_per_sample(
+        num_steps: int, step: StepKind, window: Any, keep_graph: bool = False, **others: Any
+    ) -> dict[str, int]:
         """Network rows that one sample costs per verb, at the first training step, without counting guidance.
 
         Branches are counted as if they shared nothing.
@@ -174,6 +185,7 @@ class DiffusionPolicy:
         steps = () if step == "ode" else window_steps(window, num_steps)
         complete = sum(num_steps - s for s in steps)
         each = {"rollout": num_steps, "decisions": len(steps), "complete": complete}
+        each["kept"] = len(steps) if keep_graph else 0
         return each | {"fit": 1, "generate": num_steps}
 
     @property
@@ -222,7 +234,15 @@ class DiffusionPolicy:
             start = stochastic[0]
             x = self._prefix(prompts, starts[::group_size], start).repeat_interleave(group_size, 0)
         group = torch.tensor([g for g, _ in rows])
-        return self._sample([prompts[g] for g, _ in rows], group, starts, noises, stochastic, start, x, kernel=kernel)
+        if self.kept is not None:
+            self.kept.forget()
+        chosen, keep = [prompts[g] for g, _ in rows], self.kept is not None
+        return self._sample(chosen, group, starts, noises, stochastic, start, x, kernel=kernel, keep_graph=keep)
+
+    def finish_backward(self) -> None:
+        """Carry gradients on into the forwards that the rollout kept."""
+        if self.kept is not None:
+            self.kept.backward()
 
     def decisions(self, rollout: Rollout, steps: Sequence[int] | None = None) -> Decisions:
         """Score recorded steps again, with gradient; each starts at its recorded state.
@@ -255,7 +275,13 @@ class DiffusionPolicy:
         after = [trace.at(s + 1).to(self.device) for s in chosen]
         plan = Replay(trace.kernel(self.kernel), chosen, before, after, back)
         prompts, seeds = [rollout.samples.prompts[i] for i in rows], trace.seeds[rows].tolist()
-        self.seam.run(prompts, self.train, plan, seeds, before[0], torch.is_grad_enabled())
+        means = self.kept.means(trace.kept, columns) if self.kept and torch.is_grad_enabled() else None
+        if means is None:
+            self.seam.run(prompts, self.train, plan, seeds, before[0], torch.is_grad_enabled())
+        else:
+            grid = self.seam.inspect(prompts[0], self.train).grid
+            for step, mean in zip(chosen, means, strict=True):
+                plan.score(mean, grid.coefficients(step, plan.kernel, stochastic=True))
         numbers = torch.tensor([[c.C for c in plan.coefficients], [c.dt for c in plan.coefficients]])
         std, dt = numbers.to(self.device)[:, None].expand(2, len(rollout), len(chosen))
         return torch.stack(plan.logp, 1), torch.stack(after, 1), torch.stack(plan.mean, 1), std, dt
@@ -428,12 +454,20 @@ class DiffusionPolicy:
         x, starts = trace.at(step), trace.seeds.tolist()
         return self._sample(prompts, torch.tensor(rows), starts, noises, (step,), step, x, stretch, kernel)
 
-    def reference(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
         """Inside, the policy is the frozen starting point: the snapshot ``reference``, or LoRA off if there is none."""
         if "reference" in self.parameters.snapshots:
-            return self.parameters.swapped("reference")
+            with self.parameters.swapped("reference"):
+                yield
+            return
         assert self.lora is not None, "take_snapshot('reference') before training starts"
-        return adapters.lora_off(adapters.denoisers(self.pipe).values())
+        kept, self.kept = self.kept, None  # the graphs are those of the adapters
+        try:
+            with adapters.lora_off(adapters.denoisers(self.pipe).values()):
+                yield
+        finally:
+            self.kept = kept
 
     def export(self, folder: Path) -> None:
         """LoRA: a file for ``pipe.load_lora_weights(folder)``. Full fine-tuning: a plain pipeline folder."""
@@ -474,6 +508,7 @@ class DiffusionPolicy:
         x: Tensor | None,
         chain: Chain | None = None,
         kernel: Kernel | None = None,
+        keep_graph: bool = False,
     ) -> Rollout:
         """Sample rows from step ``start`` (at ``x``, or at x_T) to the picture, or to the end of a ``chain``.
 
@@ -483,7 +518,7 @@ class DiffusionPolicy:
         kept = {position for s in stochastic for position in (s, s + 1)}
         everything = self.keep_states == "all" and chain is None
         chain = chain or Chain(start, self.num_steps, 0)
-        grad = chain.grad_steps >= chain.end - chain.begin
+        grad = start in stochastic if keep_graph else chain.grad_steps >= chain.end - chain.begin
         parts, order = [], []
         for rows in self._batches(prompts, self.train):
             plan = Sample(
@@ -496,6 +531,7 @@ class DiffusionPolicy:
                 jump=chain.jump,
                 record=None if everything else frozenset(kept),
                 keep_mean=self.keep_mean,
+                keep_graph=keep_graph,
             )
             chosen, seeds = [prompts[i] for i in rows], [starts[i] for i in rows]
             pictures = self.seam.run(chosen, self.train, plan, seeds, None if x is None else x[rows], grad, decode=True)
@@ -508,9 +544,10 @@ class DiffusionPolicy:
                 torch.tensor(list(stochastic), dtype=torch.long).expand(count, -1),
                 torch.tensor([kernel.level(s) for s in stochastic], dtype=torch.float64).expand(count, -1),
                 torch.tensor(seeds),
+                self.kept.keep(plan.mean) if keep_graph and plan.mean else None,
             )
             std = torch.tensor(plan.std, device=self.device).expand_as(logp)
-            mean = torch.stack(plan.mean, 1) if plan.mean else None
+            mean = torch.stack(plan.mean, 1).detach() if self.keep_mean and plan.mean else None
             samples = _samples(chosen, pictures.float(), group[rows])
             mask = torch.ones_like(logp, dtype=torch.bool)
             parts.append(Rollout(samples, logp, mask, group[rows], trace, mean, std=std))

@@ -200,7 +200,10 @@ class Plan(abc.ABC):
     """What one run of a pipeline does; subclasses collect their results on themselves."""
 
     grid: Grid
-    grad_from: int | None = None
+
+    def carries_grad(self, index: int) -> bool | None:
+        """Whether the network call of step ``index`` is differentiated; None leaves that as it is."""
+        return None
 
     def schedule(self, grid: Grid) -> tuple[Tensor, list[int]]:
         """The timesteps to run and the index of each in ``grid``."""
@@ -245,6 +248,7 @@ class Sample(Plan):
             kept, ``None`` keeps all.
         grad_steps: how many of the last steps to differentiate through.
         jump: the last step goes straight to its estimate of the clean sample.
+        keep_graph: keep the graphs of stochastic steps, in ``mean``; states carry no gradient from step to step.
     """
 
     kernel: Kernel
@@ -256,6 +260,7 @@ class Sample(Plan):
     grad_steps: int = 0
     jump: bool = False
     keep_mean: bool = False
+    keep_graph: bool = False
     logp: list[Tensor] = field(default_factory=list)
     mean: list[Tensor] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
@@ -263,9 +268,13 @@ class Sample(Plan):
 
     def steps(self, total: int) -> list[int]:
         stop = total if self.stop is None else self.stop
-        self.grad_from = stop - self.grad_steps if self.grad_steps else None
         self._end = stop
         return list(range(self.start, stop))
+
+    def carries_grad(self, index: int) -> bool | None:
+        if self.keep_graph:
+            return index in self.stochastic
+        return True if self.grad_steps and index >= self._end - self.grad_steps else None
 
     def take(self, index: int, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
         stochastic = index in self.stochastic
@@ -274,11 +283,12 @@ class Sample(Plan):
         mean = step_mean(*endpoints, c)
         x_next = endpoints[0] if self.jump and index + 1 == self._end else mean
         if stochastic:
+            if self.keep_mean or self.keep_graph:
+                self.mean.append(mean)
+            mean = mean.detach() if self.keep_graph else mean
             x_next, logp = self.kernel.draw(mean, c, self.noise, dtype)
             self.logp.append(logp)
             self.std.append(c.C)
-            if self.keep_mean:
-                self.mean.append(mean)
         self._keep(index, x)
         if index + 1 == self._end:
             self.states[index + 1] = x_next.to(dtype).float()
@@ -313,14 +323,18 @@ class Replay(Plan):
         return list(self.chosen)
 
     def take(self, index: int, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
-        done = len(self.logp)
         c = self.grid.coefficients(index, self.kernel, stochastic=True)
         mean = step_mean(*self.grid.endpoints(index, x, output), c)
-        mean = mean if self.back is None else mean[self.back]
-        self.logp.append(step_logp(self.ends[done], mean, c.C, self.kernel.log_prob, self.kernel.step))
+        self.score(mean if self.back is None else mean[self.back], c)
+        done = len(self.logp)
+        return self.starts[done] if done < len(self.starts) else x
+
+    def score(self, mean: Tensor, c: StepCoefficients) -> None:
+        """Score the next recorded step, whose mean is known."""
+        end = self.ends[len(self.logp)]
+        self.logp.append(step_logp(end, mean, c.C, self.kernel.log_prob, self.kernel.step))
         self.mean.append(mean)
         self.coefficients.append(c)
-        return self.starts[done + 1] if done + 1 < len(self.starts) else x
 
 
 @dataclass
@@ -413,8 +427,9 @@ class SeamScheduler:
         self._position += 1
         dtype = self.state_dtype or sample.dtype
         x_next = self.plan.take(index, sample.float(), model_output.float(), dtype).to(dtype).to(sample.dtype)
-        if self.plan.grad_from == index + 1:
-            torch.set_grad_enabled(True)
+        grad = self.plan.carries_grad(index + 1)
+        if grad is not None:
+            torch.set_grad_enabled(grad)
         # The second is for pipelines of consistency models, which decode the clean estimate: at the end they are one.
         return SimpleNamespace(prev_sample=x_next) if return_dict else (x_next, x_next)
 

@@ -21,6 +21,7 @@ class Trace(Rows):
         steps: long ``[N, T]``, the step of the sampler that each decision is.
         noise: float64 ``[N, T]``, the noise level of each.
         seeds: long ``[N]``, of what the pipeline itself draws.
+        kept: long ``[N]``, the rows' numbers in a :class:`pipelines.kept_graph.KeptGraph`, if their graphs were kept.
     """
 
     states: Tensor
@@ -28,6 +29,7 @@ class Trace(Rows):
     steps: Tensor
     noise: Tensor
     seeds: Tensor
+    kept: Tensor | None = None
 
     def at(self, position: int) -> Tensor:
         """States ``[N, ...]`` at one position; all rows must have it at the same place."""

@@ -124,6 +124,8 @@ def test_cost_of_a_step(place):
     grpo = cost("algorithm.kl_coef=0.1", "algorithm.epochs=2")
     assert (grpo["samples"], grpo["rollout forwards"], grpo["update forwards"]) == (8, 32, 48)
     assert (grpo["reference forwards"], grpo["optimiser steps"]) == (48, 2)
+    # The first of two minibatches need not run the forwards of the rollout again.
+    assert cost("algorithm.epochs=2", "algorithm.minibatches=2", "pipeline.keep_graph=true")["update forwards"] == 36
     assert cost("algorithm=dpo")["update forwards"] == 2 * 2
     assert cost("algorithm={type: dpo, pairs: ranked, group_size: 6}")["update forwards"] == 2 * 6
     backprop = cost("algorithm={type: reward_backprop, grad_steps: 2}")

@@ -12,6 +12,8 @@ def training_step(algorithm, context: Context, optimizer: torch.optim.Optimizer,
     for update in algorithm.updates(context, experience, step):
         for micro_batch in update.micro_batches:
             algorithm.loss(context, micro_batch).backward()
+        if hasattr(context.policy, "finish_backward"):
+            context.policy.finish_backward()
         optimizer.step()
         optimizer.zero_grad()
     return experience
