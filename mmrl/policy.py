@@ -149,6 +149,9 @@ class ChainPolicy(Policy, Protocol):
                 outputs (those of a rollout, or the prompts' targets), which are noised to the level of its begin.
         """
 
+    def noised(self, samples: Samples | Rollout, seeds: Sequence[int]) -> Denoising:
+        """What ``denoise`` predicts at, without the prediction; gradient flows to outputs that ``chain`` made."""
+
 
 class CompletingPolicy(Policy, Protocol):
     """A policy of the verb "complete".

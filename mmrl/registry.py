@@ -181,6 +181,10 @@ ALGORITHMS = {
         "the noised target goes through the last part of the sampler",
         {"begin": (0.4, 0.4)},
     ),
+    "tdm_r1": Entry(
+        "mmrl.algorithms.surrogate_reward:SurrogateReward",
+        "few-step samplers climb a learned surrogate of any reward (TDM-R1)",
+    ),
     "raft": Entry("mmrl.algorithms.rejection:BestOfN", "fit the best of each group (RAFT, best of n)"),
     "rwr": Entry(
         "mmrl.algorithms.reward_weighted:RewardWeighted", "fit weighted by exp(reward / beta) (RWR, Flow-RWR)"

@@ -256,12 +256,14 @@ class Chain:
         begin, end: places; one step at least lies between them.
         grad_steps: how many of its last steps carry gradient.
         jump: from the last step go straight to its estimate of the clean output.
+        decode: make outputs that rewards can see; otherwise only the sampler's own states come of it.
     """
 
     begin: int
     end: int
     grad_steps: int
     jump: bool = False
+    decode: bool = True
 
 
 @dataclass(eq=False)
@@ -276,7 +278,8 @@ class Denoising:
         target: float32 ``[M, ...]``, what the prediction should be.
         x: ``[M, ...]``, the noised states.
         time: ``[M]`` in (0, 1], the noise level sigma for flows.
-        x0_scale: ``[M]``, by which an error of the prediction becomes one of the clean output; sigma for flows.
+        x0_scale: ``[M]``, by how much the estimate of the clean output falls where the prediction rises by 1; sigma for
+            flows, -1 for models that predict the clean output itself.
         prediction: ``[M, ...]``; None before there is one.
         row: long ``[M]``, the sample that each belongs to; None where there is one each.
     """

@@ -286,6 +286,12 @@ class DiffusionPolicy:
         """
         return self.denoise(samples, seeds).error
 
+    def noised(self, samples: Samples | Rollout, seeds: Sequence[int]) -> Denoising:
+        """What :meth:`denoise` predicts at, without the prediction; gradient flows to the latents of a rollout."""
+        prompts = samples.samples.prompts if isinstance(samples, Rollout) else samples.prompts
+        grid = self.seam.inspect(prompts[0], self.fitting).grid
+        return noised_again(grid, self._clean(samples), seeds, self.fit_time)
+
     def denoise(self, samples: Samples | Rollout, seeds: Sequence[int], at: Denoising | None = None) -> Denoising:
         """Predictions for pictures that are noised again; see :class:`mmrl.policy.DenoisingPolicy`.
 
@@ -293,9 +299,7 @@ class DiffusionPolicy:
         latents already. Row k's noise and noise level depend on ``seeds[k]`` alone.
         """
         prompts = samples.samples.prompts if isinstance(samples, Rollout) else samples.prompts
-        if at is None:
-            grid = self.seam.inspect(prompts[0], self.fitting).grid
-            at = noised_again(grid, self._clean(samples), seeds, self.fit_time)
+        at = self.noised(samples, seeds) if at is None else at
         return replace(at, prediction=self.velocity(prompts, at.x, at.time))
 
     def _clean(self, samples: Samples | Rollout) -> Tensor:
@@ -498,7 +502,8 @@ class DiffusionPolicy:
                 keep_mean=self.keep_mean,
             )
             chosen, seeds = [prompts[i] for i in rows], [starts[i] for i in rows]
-            pictures = self.seam.run(chosen, self.train, plan, seeds, None if x is None else x[rows], grad, decode=True)
+            begin = None if x is None else x[rows]
+            pictures = self.seam.run(chosen, self.train, plan, seeds, begin, grad, decode=chain.decode)
             count, positions = len(rows), sorted(plan.states)
             logp = torch.stack(plan.logp, 1) if plan.logp else torch.zeros(count, 0, device=self.device)
             states = torch.stack([plan.states[p] for p in positions], 1)
@@ -511,7 +516,8 @@ class DiffusionPolicy:
             )
             std = torch.tensor(plan.std, device=self.device).expand_as(logp)
             mean = torch.stack(plan.mean, 1) if plan.mean else None
-            samples = _samples(chosen, pictures.float(), group[rows])
+            own = group[rows]
+            samples = _samples(chosen, pictures.float(), own) if chain.decode else Samples(chosen, group=own)
             mask = torch.ones_like(logp, dtype=torch.bool)
             parts.append(Rollout(samples, logp, mask, group[rows], trace, mean, std=std))
             order += rows

@@ -113,7 +113,7 @@ class FlowGrid:
         return (1 - s) * x0 + s * noise, noise - x0
 
     def x0_scale(self, time: Tensor) -> Tensor:
-        """By which an error ``[N]`` of the prediction becomes one of the clean sample."""
+        """By how much ``[N]`` the estimate of the clean sample falls where the prediction rises by 1."""
         return time
 
 
@@ -185,10 +185,10 @@ class DiffusionGrid:
         return signal * x0 + sigma * noise, target
 
     def x0_scale(self, time: Tensor) -> Tensor:
-        """By which an error ``[N]`` of the prediction becomes one of the clean sample."""
+        """By how much ``[N]`` the estimate of the clean sample falls where the prediction rises by 1."""
         alpha = self.alpha_table.to(time.device)[self.timesteps_at(time)]
         sigma = (1 - alpha).sqrt()
-        return {"epsilon": sigma / alpha.sqrt(), "sample": torch.ones_like(sigma), "v_prediction": sigma}[
+        return {"epsilon": sigma / alpha.sqrt(), "sample": -torch.ones_like(sigma), "v_prediction": sigma}[
             self.prediction_type
         ]
 
