@@ -155,6 +155,7 @@ class Samples(Rows):
         images: ``[N, 3, H, W]`` in [0, 1].
         videos: ``[N, F, 3, H, W]`` in [0, 1].
         audios: waveforms ``[N, channels, samples]``, about in [-1, 1].
+        sample_rate: long ``[N]``, of waveforms, samples a second.
         episodes: N runs of an environment.
         truncated: bool ``[N]``, set where the output was cut by a length or time limit.
         lengths: long ``[N]``, tokens (or environment steps) of each output.
@@ -169,6 +170,7 @@ class Samples(Rows):
     images: Tensor | None = None
     videos: Tensor | None = None
     audios: Tensor | None = None
+    sample_rate: Tensor | None = None
     episodes: list[Episode] | None = None
     truncated: Tensor | None = None
     lengths: Tensor | None = None

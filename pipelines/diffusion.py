@@ -335,7 +335,7 @@ class DiffusionPolicy:
                 pictures.append(self.seam.run(chosen, self.eval, plan, starts, decode=True))
             order += rows
         back = torch.tensor(order).argsort()
-        return _samples(list(prompts), torch.cat(pictures).float()[back.to(self.device)], torch.arange(len(prompts)))
+        return self._samples(prompts, torch.cat(pictures).float()[back.to(self.device)], torch.arange(len(prompts)))
 
     def chain(
         self,
@@ -380,7 +380,7 @@ class DiffusionPolicy:
             )
             order += rows
         back = torch.tensor(order).argsort()
-        return _samples(prompts, torch.cat(pictures).float()[back.to(self.device)], rollout.group)
+        return self._samples(prompts, torch.cat(pictures).float()[back.to(self.device)], rollout.group)
 
     @torch.no_grad()
     def complete(self, rollout: Rollout, column: int, jump: bool = False) -> Samples:
@@ -517,11 +517,17 @@ class DiffusionPolicy:
             std = torch.tensor(plan.std, device=self.device).expand_as(logp)
             mean = torch.stack(plan.mean, 1) if plan.mean else None
             own = group[rows]
-            samples = _samples(chosen, pictures.float(), own) if chain.decode else Samples(chosen, group=own)
+            samples = self._samples(chosen, pictures.float(), own) if chain.decode else Samples(chosen, group=own)
             mask = torch.ones_like(logp, dtype=torch.bool)
             parts.append(Rollout(samples, logp, mask, group[rows], trace, mean, std=std))
             order += rows
         return Rollout.cat(parts)[torch.tensor(order).argsort()]
+
+    def _samples(self, prompts: Sequence[Prompt], pictures: Tensor, group: Tensor) -> Samples:
+        kind = {3: "audios", 4: "images", 5: "videos"}[pictures.ndim]
+        rate = self.seam.sample_rate if kind == "audios" else None
+        rates = None if rate is None else torch.full((len(prompts),), rate)
+        return Samples(list(prompts), group=group, sample_rate=rates, **{kind: pictures})
 
     def _velocity(self, prompts: Sequence[Prompt], x: Tensor, time: Tensor, call: Call) -> Tensor:
         """Prediction for rows that share a pipeline call."""
@@ -570,8 +576,3 @@ def check_step(step: StepKind, noise_level: float | list[float], seam: Seam) -> 
     if step in ("cps", "ddim") and max(levels) > 1:
         raise UserError(f"noise_level {noise_level} is too large for step '{step}': use at most 1")
     return step
-
-
-def _samples(prompts: list[Prompt], pictures: Tensor, group: Tensor) -> Samples:
-    kind = {3: "audios", 4: "images", 5: "videos"}[pictures.ndim]
-    return Samples(prompts, group=group, **{kind: pictures})

@@ -42,6 +42,8 @@ ONE_ROW = {
 NEEDS_A_STEP = {"LatentConsistencyModelPipeline"}
 
 IMAGE_CACHE = 64
+# Under what names pipelines and their parts give the samples a second of a waveform.
+RATES = ("sample_rate", "sampling_rate")
 
 _RESERVED = {
     "prompt": "prompts are the rows of 'data'",
@@ -134,6 +136,12 @@ class Seam:
     def is_consistency(self) -> bool:
         """A latent consistency model, whose sampler adds noise again in each step."""
         return self.base.config.get("timestep_scaling") is not None
+
+    @property
+    def sample_rate(self) -> int | None:
+        """Samples a second of the waveforms that the pipeline makes; None where it does not say."""
+        parts = [self.pipe, *(getattr(getattr(self.pipe, name, None), "config", None) for name in ("vocoder", "vae"))]
+        return next((rate for part in parts for key in RATES if (rate := getattr(part, key, None))), None)
 
     @property
     def device(self) -> torch.device:
