@@ -203,6 +203,9 @@ class Rollout(Rows):
             record it.
         branch: long ``[N, T]``, from rollouts whose samples share their first decisions: rows with the same number in a
             column made that decision together. Numbers say nothing else.
+        process: ``[N, T]`` rewards of the states before decisions, from policies that rewards steer; NaN where there is
+            none.
+        aim: ``[N, T, ...]``, from such policies where ``mean`` is kept: the means that decisions were steered to.
     """
 
     samples: Samples
@@ -216,8 +219,12 @@ class Rollout(Rows):
     final_value: Tensor | None = None
     std: Tensor | None = None
     branch: Tensor | None = None
+    process: Tensor | None = None
+    aim: Tensor | None = None
 
-    ragged: ClassVar[Mapping[str, int]] = dict.fromkeys(("logp", "mask", "mean", "value", "turn", "std", "branch"), 1)
+    ragged: ClassVar[Mapping[str, int]] = dict.fromkeys(
+        ("logp", "mask", "mean", "value", "turn", "std", "branch", "process", "aim"), 1
+    )
 
     def __len__(self) -> int:
         return len(self.samples)

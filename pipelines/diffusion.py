@@ -23,6 +23,7 @@ from pipelines.guidance import NegativeBranch, NegativeModel
 from pipelines.noising import FitTime, noised_again
 from pipelines.scheduler_seam import JumpToX0, Kernel, Replay, Sample, Velocity
 from pipelines.seam import Call, Seam
+from pipelines.steering import Steered, Steering
 from pipelines.step_kernel import LogProbKind, StepKind
 from pipelines.trace import Trace, shared_states
 from pipelines.windows import noise_levels, window_steps
@@ -48,6 +49,7 @@ class DiffusionPolicy:
         same_noise: members of a group start from the same x_T.
         shared_prefix: run the steps before the window once per prompt; needs ``same_noise``.
         branching: samples of a prompt share their first steps, as a tree or a fan (:mod:`pipelines.branching`).
+        steering: rewards whose gradient steers rollouts (Euphonium, :mod:`pipelines.steering`).
         gradient_checkpointing: recompute activations in the backward pass (the denoiser's blocks and the VAE); with
             ``step``, whole denoising steps, so that the gradient of many steps needs the memory of one.
         vae_tiling: decode pictures in overlapping tiles, one at a time; clips also in overlapping chunks of frames, by
@@ -66,7 +68,8 @@ class DiffusionPolicy:
     """
 
     verbs = frozenset(
-        {"rollout", "decisions", "fit", "denoise", "generate", "chain", "candidates", "complete", "means", "branches"}
+        {"rollout", "decisions", "fit", "denoise", "generate", "chain", "candidates", "complete", "means"}
+        | {"branches", "steered"}
     )
 
     def __init__(
@@ -84,6 +87,7 @@ class DiffusionPolicy:
         same_noise: bool = False,
         shared_prefix: bool = False,
         branching: Branching | None = None,
+        steering: Steering | None = None,
         gradient_checkpointing: bool | Literal["step"] = False,
         vae_tiling: bool = False,
         keep_mean: bool = False,
@@ -104,12 +108,13 @@ class DiffusionPolicy:
         self.noise_scale: Sequence[float] | None = None
         self.num_steps = num_steps
         self.window = window
-        self.validate(num_steps, step, window, same_noise, shared_prefix, None, noise_level, branching)
+        self.validate(num_steps, step, window, same_noise, shared_prefix, None, noise_level, branching, steering)
         self.batch_size = batch_size
         self.same_noise = same_noise
         self.shared_prefix = shared_prefix
         self.branching = branching
-        self.verbs = self.offers(branching)
+        self.steered = None if steering is None else Steered(steering)
+        self.verbs = self.offers(branching, steering)
         self.keep_mean = keep_mean
         self.keep_states = keep_states
         self.offload_states = offload_states
@@ -144,6 +149,7 @@ class DiffusionPolicy:
         model: str | None = None,
         noise_level: float | list[float] = 0.7,
         branching: Branching | None = None,
+        steering: Steering | None = None,
         **others: Any,
     ) -> None:
         """Check what needs no model in memory; raises ``UserError``. ``others`` are options that are not looked at."""
@@ -157,13 +163,19 @@ class DiffusionPolicy:
                     "branching needs stochastic steps, and shares the steps before them without shared_prefix"
                 )
             branching.splits(stochastic)
+        if steering is not None:
+            if step == "ode" or branching is not None:
+                raise UserError("steering bends stochastic steps, which step: ode has not, and goes without branching")
+            steering.components()
         if shared_prefix and not same_noise:
             raise UserError("shared_prefix needs same_noise: true, since members of a group share their first steps")
 
     @staticmethod
-    def offers(branching: Any = None, **others: Any) -> frozenset[str]:
+    def offers(branching: Any = None, steering: Any = None, **others: Any) -> frozenset[str]:
         """The verbs of a policy with these options."""
-        return DiffusionPolicy.verbs if branching else DiffusionPolicy.verbs - {"branches"}
+        optional = {"branches": branching, "steered": steering}
+        missing = {verb for verb, on in optional.items() if not on}
+        return DiffusionPolicy.verbs - missing
 
     @staticmethod
     def forwards_per_sample(num_steps: int, step: StepKind, window: Any, **others: Any) -> dict[str, int]:
@@ -222,7 +234,8 @@ class DiffusionPolicy:
             start = stochastic[0]
             x = self._prefix(prompts, starts[::group_size], start).repeat_interleave(group_size, 0)
         group = torch.tensor([g for g, _ in rows])
-        return self._sample([prompts[g] for g, _ in rows], group, starts, noises, stochastic, start, x, kernel=kernel)
+        chosen = [prompts[g] for g, _ in rows]
+        return self._sample(chosen, group, starts, noises, stochastic, start, x, kernel=kernel, steered=self.steered)
 
     def decisions(self, rollout: Rollout, steps: Sequence[int] | None = None) -> Decisions:
         """Score recorded steps again, with gradient; each starts at its recorded state.
@@ -478,6 +491,7 @@ class DiffusionPolicy:
         x: Tensor | None,
         chain: Chain | None = None,
         kernel: Kernel | None = None,
+        steered: Steered | None = None,
     ) -> Rollout:
         """Sample rows from step ``start`` (at ``x``, or at x_T) to the picture, or to the end of a ``chain``.
 
@@ -503,7 +517,11 @@ class DiffusionPolicy:
             )
             chosen, seeds = [prompts[i] for i in rows], [starts[i] for i in rows]
             begin = None if x is None else x[rows]
-            pictures = self.seam.run(chosen, self.train, plan, seeds, begin, grad, decode=chain.decode)
+            process = None
+            if steered is None:
+                pictures = self.seam.run(chosen, self.train, plan, seeds, begin, grad, decode=chain.decode)
+            else:
+                pictures, process = steered.run(self, chosen, plan, seeds, begin)
             count, positions = len(rows), sorted(plan.states)
             logp = torch.stack(plan.logp, 1) if plan.logp else torch.zeros(count, 0, device=self.device)
             states = torch.stack([plan.states[p] for p in positions], 1)
@@ -516,10 +534,11 @@ class DiffusionPolicy:
             )
             std = torch.tensor(plan.std, device=self.device).expand_as(logp)
             mean = torch.stack(plan.mean, 1) if plan.mean else None
+            aim = torch.stack(plan.aim, 1) if steered and plan.aim else None
             own = group[rows]
             samples = self._samples(chosen, pictures.float(), own) if chain.decode else Samples(chosen, group=own)
             mask = torch.ones_like(logp, dtype=torch.bool)
-            parts.append(Rollout(samples, logp, mask, group[rows], trace, mean, std=std))
+            parts.append(Rollout(samples, logp, mask, own, trace, mean, std=std, process=process, aim=aim))
             order += rows
         return Rollout.cat(parts)[torch.tensor(order).argsort()]
 

@@ -54,12 +54,20 @@ class Kernel:
         return self.noise_level[index] if isinstance(self.noise_level, Mapping) else self.noise_level
 
     def draw(
-        self, mean: Tensor, c: StepCoefficients, noise: Sequence[torch.Generator], dtype: torch.dtype
+        self,
+        mean: Tensor,
+        c: StepCoefficients,
+        noise: Sequence[torch.Generator],
+        dtype: torch.dtype,
+        aim: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Next states ``[N, ...]`` around ``mean``, one noise a row, and their log-probs ``[N]``."""
+        """Next states ``[N, ...]`` around ``aim`` or else ``mean``, one noise a row, and their log-probs ``[N]``.
+
+        The log-probs are always those around ``mean``.
+        """
         z = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in noise]).to(mean.device)
         # Rounded first: the log-prob is that of the state the pipeline really continues from.
-        x = (mean + c.C * z).to(dtype).float()
+        x = ((mean if aim is None else aim) + c.C * z).to(dtype).float()
         return x, step_logp(x, mean, c.C, self.log_prob, self.step)
 
 
@@ -245,6 +253,8 @@ class Sample(Plan):
             kept, ``None`` keeps all.
         grad_steps: how many of the last steps to differentiate through.
         jump: the last step goes straight to its estimate of the clean sample.
+        push: ``[N, ...]``; a stochastic step aims past its mean by so many times its variance.
+        aim: where the steps aimed at, kept with ``keep_mean``.
     """
 
     kernel: Kernel
@@ -256,8 +266,10 @@ class Sample(Plan):
     grad_steps: int = 0
     jump: bool = False
     keep_mean: bool = False
+    push: Tensor | None = None
     logp: list[Tensor] = field(default_factory=list)
     mean: list[Tensor] = field(default_factory=list)
+    aim: list[Tensor] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
     states: dict[int, Tensor] = field(default_factory=dict)
 
@@ -274,11 +286,13 @@ class Sample(Plan):
         mean = step_mean(*endpoints, c)
         x_next = endpoints[0] if self.jump and index + 1 == self._end else mean
         if stochastic:
-            x_next, logp = self.kernel.draw(mean, c, self.noise, dtype)
+            aim = mean if self.push is None else mean + c.C**2 * self.push
+            x_next, logp = self.kernel.draw(mean, c, self.noise, dtype, aim)
             self.logp.append(logp)
             self.std.append(c.C)
             if self.keep_mean:
                 self.mean.append(mean)
+                self.aim.append(aim)
         self._keep(index, x)
         if index + 1 == self._end:
             self.states[index + 1] = x_next.to(dtype).float()
