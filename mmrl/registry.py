@@ -41,6 +41,10 @@ _WHITENED = {"whiten": True, "aggregation": "token", "advantage_clip": None}
 
 PIPELINES = {
     "diffusion": Entry("pipelines.diffusion:DiffusionPolicy", "any diffusers pipeline, through its scheduler"),
+    "initial_noise": Entry(
+        "pipelines.initial_noise:InitialNoisePolicy",
+        "a learned distribution of the noise a pipeline starts from (FIND)",
+    ),
     "vlm": Entry("pipelines.vlm.policy:VLMPolicy", "any transformers model for images and text"),
     "robot": Entry("pipelines.robot.policy:RobotPolicy", "action heads over gymnasium environments"),
     "residual_robot": Entry("pipelines.robot.residual:ResidualPolicy", "a small actor corrects a frozen robot policy"),

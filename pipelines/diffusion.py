@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrl.errors import UserError
+from mmrl.policy import Parameters
 from mmrl.seeding import derive_seed, generator, prompt_keys
 from mmrl.types import Chain, Decisions, Denoising, Prompt, Rollout, Samples
 from pipelines import adapters, latents, loading
@@ -21,8 +23,9 @@ from pipelines.adapters import LoRA
 from pipelines.branching import Branching, branched_rollout
 from pipelines.guidance import NegativeBranch, NegativeModel
 from pipelines.noising import FitTime, noised_again
-from pipelines.scheduler_seam import JumpToX0, Kernel, Replay, Sample, Velocity
+from pipelines.scheduler_seam import Critic, JumpToX0, Kernel, Replay, Sample, Velocity
 from pipelines.seam import Call, Seam
+from pipelines.state_value import state_value
 from pipelines.steering import Steered, Steering
 from pipelines.step_kernel import LogProbKind, StepKind
 from pipelines.trace import Trace, shared_states
@@ -50,6 +53,9 @@ class DiffusionPolicy:
         shared_prefix: run the steps before the window once per prompt; needs ``same_noise``.
         branching: samples of a prompt share their first steps, as a tree or a fan (:mod:`pipelines.branching`).
         steering: rewards whose gradient steers rollouts (Euphonium, :mod:`pipelines.steering`).
+        value_head: predict the reward of the state before each stochastic step (:mod:`pipelines.state_value`), for
+            ``ppo``; not part of what is exported.
+        value_lr_scale: learning rate of the value head as a multiple of ``trainer.lr``.
         gradient_checkpointing: recompute activations in the backward pass (the denoiser's blocks and the VAE); with
             ``step``, whole denoising steps, so that the gradient of many steps needs the memory of one.
         vae_tiling: decode pictures in overlapping tiles, one at a time; clips also in overlapping chunks of frames, by
@@ -69,7 +75,7 @@ class DiffusionPolicy:
 
     verbs = frozenset(
         {"rollout", "decisions", "fit", "denoise", "generate", "chain", "candidates", "complete", "means"}
-        | {"branches", "steered"}
+        | {"branches", "values", "steered"}
     )
 
     def __init__(
@@ -88,6 +94,8 @@ class DiffusionPolicy:
         shared_prefix: bool = False,
         branching: Branching | None = None,
         steering: Steering | None = None,
+        value_head: bool = False,
+        value_lr_scale: Annotated[float, Field(gt=0)] = 1.0,
         gradient_checkpointing: bool | Literal["step"] = False,
         vae_tiling: bool = False,
         keep_mean: bool = False,
@@ -108,13 +116,15 @@ class DiffusionPolicy:
         self.noise_scale: Sequence[float] | None = None
         self.num_steps = num_steps
         self.window = window
-        self.validate(num_steps, step, window, same_noise, shared_prefix, None, noise_level, branching, steering)
+        DiffusionPolicy.validate(
+            num_steps, step, window, same_noise, shared_prefix, None, noise_level, branching, value_head, steering
+        )
         self.batch_size = batch_size
         self.same_noise = same_noise
         self.shared_prefix = shared_prefix
         self.branching = branching
         self.steered = None if steering is None else Steered(steering)
-        self.verbs = self.offers(branching, steering)
+        self.verbs = self.offers(branching, value_head, steering)
         self.keep_mean = keep_mean
         self.keep_states = keep_states
         self.offload_states = offload_states
@@ -132,6 +142,10 @@ class DiffusionPolicy:
         self.negative = None if negative is None else NegativeBranch(pipe, negative)
         self.lora = lora
         self.parameters = adapters.train_all(pipe, train) if lora is None else adapters.add_lora(pipe, lora)
+        self.value = state_value(self.seam, self.train) if value_head else None
+        if self.value is not None:
+            own = {f"value.{name}": parameter for name, parameter in self.value.named_parameters()}
+            self.parameters = Parameters(self.parameters.named | own, None, dict.fromkeys(own, value_lr_scale))
         if gradient_checkpointing:
             adapters.enable_gradient_checkpointing(pipe, whole_steps=gradient_checkpointing == "step")
         if vae_tiling:
@@ -149,6 +163,7 @@ class DiffusionPolicy:
         model: str | None = None,
         noise_level: float | list[float] = 0.7,
         branching: Branching | None = None,
+        value_head: bool = False,
         steering: Steering | None = None,
         **others: Any,
     ) -> None:
@@ -162,6 +177,8 @@ class DiffusionPolicy:
                 raise UserError(
                     "branching needs stochastic steps, and shares the steps before them without shared_prefix"
                 )
+            if value_head:
+                raise UserError("value_head values the steps of samples that share none: leave out branching")
             branching.splits(stochastic)
         if steering is not None:
             if step == "ode" or branching is not None:
@@ -171,9 +188,9 @@ class DiffusionPolicy:
             raise UserError("shared_prefix needs same_noise: true, since members of a group share their first steps")
 
     @staticmethod
-    def offers(branching: Any = None, steering: Any = None, **others: Any) -> frozenset[str]:
+    def offers(branching: Any = None, value_head: bool = False, steering: Any = None, **others: Any) -> frozenset[str]:
         """The verbs of a policy with these options."""
-        optional = {"branches": branching, "steered": steering}
+        optional = {"branches": branching, "values": value_head, "steered": steering}
         missing = {verb for verb, on in optional.items() if not on}
         return DiffusionPolicy.verbs - missing
 
@@ -206,6 +223,8 @@ class DiffusionPolicy:
     def to(self, device: torch.device | str) -> DiffusionPolicy:
         """Move the pipeline."""
         self.pipe.to(device)
+        if self.value is not None:
+            self.value.to(device)
         return self
 
     def compile(self) -> None:
@@ -252,12 +271,12 @@ class DiffusionPolicy:
         parts, order = [], []
         for rows in self._batches(rollout.samples.prompts, self.train, where):
             scored = [self._score(rollout[rows], some) for some in together]
-            parts.append([torch.cat(values, 1) for values in zip(*scored, strict=True)])
+            parts.append({name: torch.cat([found[name] for found in scored], 1) for name in scored[0]})
             order += rows
         back = torch.tensor(order).argsort().to(self.device)
-        return Decisions(*(torch.cat(values)[back] for values in zip(*parts, strict=True)))
+        return Decisions(**{name: torch.cat([part[name] for part in parts])[back] for name in parts[0]})
 
-    def _score(self, rollout: Rollout, columns: Sequence[int]) -> tuple[Tensor, ...]:
+    def _score(self, rollout: Rollout, columns: Sequence[int]) -> dict[str, Tensor]:
         """Fields of the decisions ``columns`` of rows at the same steps; rows that share a state share its forward."""
         trace: Trace = rollout.trace
         rows, back = list(range(len(rollout))), None
@@ -266,12 +285,20 @@ class DiffusionPolicy:
         chosen = [int(trace.steps[0, column]) for column in columns]
         before = [trace.at(s)[rows].to(self.device) for s in chosen]
         after = [trace.at(s + 1).to(self.device) for s in chosen]
-        plan = Replay(trace.kernel(self.kernel), chosen, before, after, back)
         prompts, seeds = [rollout.samples.prompts[i] for i in rows], trace.seeds[rows].tolist()
+        plan = Replay(trace.kernel(self.kernel), chosen, before, after, back, self._critic(prompts))
         self.seam.run(prompts, self.train, plan, seeds, before[0], torch.is_grad_enabled())
         numbers = torch.tensor([[c.C for c in plan.coefficients], [c.dt for c in plan.coefficients]])
         std, dt = numbers.to(self.device)[:, None].expand(2, len(rollout), len(chosen))
-        return torch.stack(plan.logp, 1), torch.stack(after, 1), torch.stack(plan.mean, 1), std, dt
+        found = {"logp": plan.logp, "action": after, "mean": plan.mean, "value": plan.value}
+        return {name: torch.stack(each, 1) for name, each in found.items() if each} | {"std": std, "dt": dt}
+
+    def _critic(self, prompts: Sequence[Prompt]) -> Critic | None:
+        """The value head for rows of these prompts."""
+        if self.value is None:
+            return None
+        text = torch.stack([self.seam.inspect(prompt, self.train).text for prompt in prompts])
+        return functools.partial(self.value, text)
 
     def decision_chunks(self, rollout: Rollout) -> list[list[int]]:
         """One denoising step at a time."""
@@ -344,11 +371,16 @@ class DiffusionPolicy:
             if self.seam.is_consistency:
                 noise = [generator(seeds[i], "steps") for i in rows]
                 plan = Sample(Kernel("cps", 1.0), range(self.eval.num_steps - 1), noise)
+            x = self.initial_states(chosen, [seeds[i] for i in rows])
             with self.negative.active(len(rows)) if self.negative else contextlib.nullcontext():
-                pictures.append(self.seam.run(chosen, self.eval, plan, starts, decode=True))
+                pictures.append(self.seam.run(chosen, self.eval, plan, starts, x, decode=True))
             order += rows
         back = torch.tensor(order).argsort()
         return self._samples(prompts, torch.cat(pictures).float()[back.to(self.device)], torch.arange(len(prompts)))
+
+    def initial_states(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Tensor | None:
+        """What :meth:`generate` starts from, ``[N, ...]``; None is the noise that the pipeline draws itself."""
+        return None
 
     def chain(
         self,
@@ -504,6 +536,7 @@ class DiffusionPolicy:
         grad = chain.grad_steps >= chain.end - chain.begin
         parts, order = [], []
         for rows in self._batches(prompts, self.train):
+            chosen, seeds = [prompts[i] for i in rows], [starts[i] for i in rows]
             plan = Sample(
                 kernel,
                 stochastic,
@@ -514,8 +547,8 @@ class DiffusionPolicy:
                 jump=chain.jump,
                 record=None if everything else frozenset(kept),
                 keep_mean=self.keep_mean,
+                critic=self._critic(chosen) if stochastic else None,
             )
-            chosen, seeds = [prompts[i] for i in rows], [starts[i] for i in rows]
             begin = None if x is None else x[rows]
             process = None
             if steered is None:
@@ -533,12 +566,12 @@ class DiffusionPolicy:
                 torch.tensor(seeds),
             )
             std = torch.tensor(plan.std, device=self.device).expand_as(logp)
-            mean = torch.stack(plan.mean, 1) if plan.mean else None
-            aim = torch.stack(plan.aim, 1) if steered and plan.aim else None
+            lists = plan.mean, plan.value, plan.aim if steered else []
+            mean, value, aim = (torch.stack(each, 1) if each else None for each in lists)
             own = group[rows]
             samples = self._samples(chosen, pictures.float(), own) if chain.decode else Samples(chosen, group=own)
             mask = torch.ones_like(logp, dtype=torch.bool)
-            parts.append(Rollout(samples, logp, mask, own, trace, mean, std=std, process=process, aim=aim))
+            parts.append(Rollout(samples, logp, mask, own, trace, mean, value, std=std, process=process, aim=aim))
             order += rows
         return Rollout.cat(parts)[torch.tensor(order).argsort()]
 

@@ -11,7 +11,7 @@ import abc
 import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -204,6 +204,10 @@ class DiffusionGrid:
 Grid = FlowGrid | DiffusionGrid
 
 
+Critic = Callable[[Tensor, Tensor, float], Tensor]
+"""Values ``[N]`` of states, from the states, the estimates of their clean samples and the time."""
+
+
 class Plan(abc.ABC):
     """What one run of a pipeline does; subclasses collect their results on themselves."""
 
@@ -253,6 +257,7 @@ class Sample(Plan):
             kept, ``None`` keeps all.
         grad_steps: how many of the last steps to differentiate through.
         jump: the last step goes straight to its estimate of the clean sample.
+        critic: values the states before stochastic steps.
         push: ``[N, ...]``; a stochastic step aims past its mean by so many times its variance.
         aim: where the steps aimed at, kept with ``keep_mean``.
     """
@@ -266,11 +271,13 @@ class Sample(Plan):
     grad_steps: int = 0
     jump: bool = False
     keep_mean: bool = False
+    critic: Critic | None = None
     push: Tensor | None = None
     logp: list[Tensor] = field(default_factory=list)
     mean: list[Tensor] = field(default_factory=list)
     aim: list[Tensor] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
+    value: list[Tensor] = field(default_factory=list)
     states: dict[int, Tensor] = field(default_factory=dict)
 
     def steps(self, total: int) -> list[int]:
@@ -293,6 +300,8 @@ class Sample(Plan):
             if self.keep_mean:
                 self.mean.append(mean)
                 self.aim.append(aim)
+            if self.critic is not None:
+                self.value.append(self.critic(x, endpoints[0], float(self.grid.step_times()[index])))
         self._keep(index, x)
         if index + 1 == self._end:
             self.states[index + 1] = x_next.to(dtype).float()
@@ -312,6 +321,7 @@ class Replay(Plan):
         starts, ends: recorded states before and after each of them, float32 ``[N, ...]``.
         back: long ``[N]``, which of the ``M`` rows of the run each recorded step starts from, where several start from
             one; there is one chosen step then, and ``starts`` are ``[M, ...]``.
+        critic: values the states before the steps.
     """
 
     kernel: Kernel
@@ -319,8 +329,10 @@ class Replay(Plan):
     starts: Sequence[Tensor]
     ends: Sequence[Tensor]
     back: Tensor | None = None
+    critic: Critic | None = None
     logp: list[Tensor] = field(default_factory=list)
     mean: list[Tensor] = field(default_factory=list)
+    value: list[Tensor] = field(default_factory=list)
     coefficients: list[StepCoefficients] = field(default_factory=list)
 
     def steps(self, total: int) -> list[int]:
@@ -329,11 +341,14 @@ class Replay(Plan):
     def take(self, index: int, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
         done = len(self.logp)
         c = self.grid.coefficients(index, self.kernel, stochastic=True)
-        mean = step_mean(*self.grid.endpoints(index, x, output), c)
+        endpoints = self.grid.endpoints(index, x, output)
+        mean = step_mean(*endpoints, c)
         mean = mean if self.back is None else mean[self.back]
         self.logp.append(step_logp(self.ends[done], mean, c.C, self.kernel.log_prob, self.kernel.step))
         self.mean.append(mean)
         self.coefficients.append(c)
+        if self.critic is not None:
+            self.value.append(self.critic(x, endpoints[0], float(self.grid.step_times()[index])))
         return self.starts[done + 1] if done + 1 < len(self.starts) else x
 
 

@@ -321,13 +321,13 @@ class PolicyGradient:
         groups = int(rollout.group.max()) + 1
         alive = torch.zeros(groups).index_add_(0, rollout.group.cpu(), advantage.abs().sum(1)) > 0
         context.tally.mean("groups/without_signal", (~alive).float())
-        rollout, factor = self._factor(context, rollout, mask)
+        rollout, factor = self._factor(context, rollout, mask, step)
         clip_scale = None
         if self.clip_schedule is not None:
             clip_scale = self.clip_schedule.scale(*turns_of(rollout, mask).places())
         return Experience(rollout, advantage, mask, factor, clip_scale, reference, returns)
 
-    def _factor(self, context: Context, rollout: Rollout, mask: Tensor) -> tuple[Rollout, Tensor | None]:
+    def _factor(self, context: Context, rollout: Rollout, mask: Tensor, step: int) -> tuple[Rollout, Tensor | None]:
         """What multiplies the policy term, and the rollout with the log-probs that ratios are to be taken against."""
         factors = []
         if self.importance is not None or self.top_entropy < 1:
@@ -344,6 +344,8 @@ class PolicyGradient:
             factors.append(discount_factor(*turns_of(rollout, mask).places(), self.decision_discount))
         if self.step_weight == "noise":
             factors.append(noise_weights(rollout, mask))
+        if self.value is not None and step < self.value.warmup:
+            factors.append(torch.zeros(mask.shape))
         return rollout, math.prod(factors) if factors else None
 
     def updates(self, context: Context, experience: Experience, step: int) -> Iterator[Update]:
