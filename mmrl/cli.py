@@ -133,10 +133,10 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Of the samples' noise.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; RUN_DIR/samples when not given.")] = None,
 ) -> None:
-    """Draw samples with the latest checkpoint of a run: pictures as PNG files, text on the terminal."""
+    """Draw samples with the latest checkpoint of a run: pictures, clips and sounds as files, text on the terminal."""
     from mmrl import run
     from mmrl.data import check_picture
-    from mmrl.media import save_images, save_videos
+    from mmrl.media import save_samples
     from mmrl.seeding import derive_seed
     from mmrl.types import Prompt
 
@@ -151,16 +151,13 @@ def sample(
     prompts = [asked[p] for p, _ in numbers]
     samples = run.sample(config, prompts, [derive_seed(seed, "sample", *number) for number in numbers], checkpoint)
     folder, names = out or run_dir / "samples", [f"{p:03d}-{k}" for p, k in numbers]
-    if samples.images is not None:
-        paths = save_images(samples.images, folder, names)
-    elif samples.videos is not None:
-        paths = save_videos(samples.videos, folder, names)
-    elif samples.texts is not None:
+    if samples.texts is not None:
         for text in samples.texts:
             typer.echo(text)
         return
-    else:
-        raise UserError(f"pipeline '{config.pipeline.type}' makes neither pictures nor videos nor text")
+    paths = save_samples(samples, folder, names)
+    if not paths:
+        raise UserError(f"pipeline '{config.pipeline.type}' makes neither pictures nor clips nor sounds nor text")
     for path in paths:
         Console(soft_wrap=True).print(str(path), highlight=False)
 

@@ -15,7 +15,7 @@ import torch
 from mmrl import distributed
 from mmrl.algorithms.collecting import row_chunks
 from mmrl.dialogue import readable
-from mmrl.media import contact_sheet, save_images, save_videos
+from mmrl.media import contact_sheet, save_samples, save_videos
 from mmrl.policy import Policy
 from mmrl.scoring import Scorer, spread
 from mmrl.seeding import derive_seed
@@ -142,15 +142,13 @@ def _recording(policy: Policy, count: int) -> Iterator[None]:
 
 
 def _save_outputs(samples: Samples, folder: Path, names: list[str], filmed: int) -> list[dict[str, str]]:
-    """Write pictures, clips or films of the first ``filmed`` episodes.
+    """Write pictures, clips, sounds, or films of the first ``filmed`` episodes.
 
     Returns:
         Per sample its ``file``, or its ``text`` and the ``picture`` that it was asked about.
     """
-    if samples.images is not None:
-        return [{"file": path.name} for path in save_images(samples.images, folder, names)]
-    if samples.videos is not None:
-        return [{"file": path.name} for path in save_videos(samples.videos, folder, names)]
+    if saved := save_samples(samples, folder, names):
+        return [{"file": path.name} for path in saved]
     if samples.episodes is not None:
         recorded = [row for row, one in enumerate(samples.episodes[:filmed]) if one.frames is not None]
         films = [samples.episodes[row].frames / 255 for row in recorded]
@@ -158,13 +156,13 @@ def _save_outputs(samples: Samples, folder: Path, names: list[str], filmed: int)
         return [{"file": paths[row].name} if row in paths else {} for row in range(len(samples))]
     if samples.texts is None:
         return [{} for _ in names]
-    saved: dict[int, str] = {}
+    asked: dict[int, str] = {}
     out = []
     texts = samples.texts if samples.transcripts is None else [readable(one) for one in samples.transcripts]
     for name, text, prompt in zip(names, texts, samples.prompts, strict=True):
-        if id(prompt) not in saved:
-            saved[id(prompt)] = _save_asked(prompt, folder, f"{name}-asked.png")
-        out.append({"text": text, "picture": saved[id(prompt)]})
+        if id(prompt) not in asked:
+            asked[id(prompt)] = _save_asked(prompt, folder, f"{name}-asked.png")
+        out.append({"text": text, "picture": asked[id(prompt)]})
     return out
 
 

@@ -113,6 +113,23 @@ def centred_reward_loss(
     return sum((residual - share @ residual).square() for share in shares) / len(shares) * clip / beta
 
 
+def distribution_matching_loss(now: Denoising, direction: Tensor, base: Tensor) -> Tensor:
+    """Diff-Instruct (arXiv 2305.18455), DMD (2311.18828) ``[M]``: move outputs by a difference of two models' scores.
+
+    The gradient by the noised outputs is minus the difference of the two models' estimates of the clean output, divided
+    by the mean size of the base model's error.
+
+    Args:
+        now: outputs noised again, with gradient in ``x``.
+        direction: ``[M, ...]``, difference of predictions, of the model to go to less the model to come from.
+        base: ``[M, ...]``, predictions of the base model.
+    """
+    scale = now.x0_scale.view(-1, *[1] * (direction.ndim - 1))
+    size = (scale * (base - now.target)).abs().flatten(1).mean(1).clamp(min=1e-5)
+    step = (scale * direction).flatten(1) / size[:, None]
+    return (step.detach() * now.x.flatten(1)).mean(1)
+
+
 def reward_difference_errors(log_ratio: Tensor, clipped: Tensor, target: Tensor, group: Tensor) -> Tensor:
     """PRDP (arXiv 2402.08714): squared errors ``[P]`` of reward differences, one for each pair within a group.
 

@@ -121,9 +121,16 @@ def guard_log_ratio(action: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor)
     return (noise * (mean - old_mean)).flatten(2).mean(2)
 
 
-def gaussian_kl(mean: Tensor, other_mean: Tensor, std: Tensor) -> Tensor:
-    """KL between Gaussians of equal ``std``, mean over elements: ``mean((mu - mu')^2) / (2 std^2)``, ``[N, t]``."""
-    return (mean - other_mean).square().flatten(2).mean(2) / (2 * std.square())
+def gaussian_kl(mean: Tensor, other_mean: Tensor, std: Tensor, other_std: Tensor | None = None) -> Tensor:
+    """KL between Gaussians, mean over elements: ``mean((mu - mu')^2) / (2 std'^2)``, ``[N, t]``.
+
+    Where ``other_std`` is given and not equal, ``log(std' / std) + (std^2 / std'^2 - 1) / 2`` is added.
+    """
+    distance = (mean - other_mean).square().flatten(2).mean(2)
+    if other_std is None:
+        return distance / (2 * std.square())
+    ratio = std / other_std
+    return distance / (2 * other_std.square()) + (ratio.square() - 1) / 2 - ratio.log()
 
 
 def divergence_masked_loss(ratio: Tensor, advantage: Tensor, divergence: Tensor, threshold: float) -> Tensor:

@@ -1,9 +1,10 @@
-"""Pictures and clips of a run: files, contact sheets, and pictures inside HTML."""
+"""Pictures, clips and sounds: files, contact sheets, and what of them goes inside HTML."""
 
 from __future__ import annotations
 
 import base64
 import io
+import wave
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmrl import mp4
 from mmrl.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from mmrl.types import Samples
 
 PICTURE_KEYS = ("image", "path", "url")
 CLIP_KEYS = ("video", "path", "url")
@@ -122,12 +126,43 @@ def open_clip(source: Any) -> list[Image] | str:
     return frames
 
 
+def clip_frames(source: Any, frames: int | None = None) -> list[Image] | None:
+    """The frames of a clip in any form of :func:`open_clip`; None for a video file if PyAV, which reads it, is missing.
+
+    Args:
+        frames: so many, evenly spread, of a longer clip; all by default.
+
+    Raises:
+        UserError: it is missing, broken or empty.
+    """
+    opened = open_clip(source)
+    if isinstance(opened, str):
+        return _decoded(opened, frames)[0]
+    return [opened[k] for k in evenly(len(opened), frames or len(opened))]
+
+
+def _decoded(path: str | Path, frames: int | None = None) -> tuple[list[Image] | None, float]:
+    """Frames of a video file, None without PyAV, and the seconds that all of it lasts."""
+    try:
+        return mp4.read(path, lambda count: evenly(count, frames or count))
+    except ImportError:
+        return None, 0.0
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' is no clip that can be read: {error}") from error
+
+
+def evenly(length: int, count: int) -> list[int]:
+    """``count`` positions among ``length``, the first and the last among them; all of them where there are fewer."""
+    if count >= length:
+        return list(range(length))
+    return [length // 2] if count == 1 else [round(i * (length - 1) / (count - 1)) for i in range(count)]
+
+
 def contact_sheet(pictures: Sequence[Any], clips: Sequence[Any] = (), frames: int = 4) -> Image | None:
     """Pictures side by side, of each clip a few frames; None if there are only clips that cannot be decoded here."""
     shown = [open_picture(picture) for picture in pictures]
     for clip in clips:
-        opened = open_clip(clip)
-        shown += [] if isinstance(opened, str) else _spread(opened, frames)
+        shown += clip_frames(clip, frames) or []
     return grid(shown, len(shown)) if len(shown) > 1 else next(iter(shown), None)
 
 
@@ -146,23 +181,47 @@ def save_images(images: Tensor, folder: str | Path, names: Sequence[str], scale:
 
 
 def save_videos(
-    videos: Tensor | Sequence[Tensor],
-    folder: str | Path,
-    names: Sequence[str],
-    frames_per_second: float = 8.0,
-    scale: int = 1,
+    videos: Tensor | Sequence[Tensor], folder: str | Path, names: Sequence[str], frames_per_second: float = 8.0
 ) -> list[Path]:
-    """Write N ``videos [F, 3, H, W]`` in [0, 1] as endlessly looping ``folder/<name>.gif``.
+    """Write N ``videos [F, 3, H, W]`` in [0, 1] as ``folder/<name>.mp4``.
+
+    Without PyAV (``pip install "mmrl[video]"``) they become endlessly looping ``.gif`` files of 256 colours instead.
 
     Raises:
         ValueError: the number of names differs from the number of videos.
     """
     if len(names) != len(videos):
         raise ValueError(f"{len(videos)} videos but {len(names)} names")
-    paths = [_path(folder, name, ".gif") for name in names]
+    kind = "mp4" if mp4.can_write() else "gif"
+    paths = [_path(folder, name, f".{kind}") for name in names]
     for video, path in zip(videos, paths, strict=True):
-        _write_gif([to_pil(frame, scale) for frame in video], 1 / frames_per_second, path)
+        _write_film([to_pil(frame) for frame in video], 1 / frames_per_second, path, kind)
     return paths
+
+
+def save_audios(audios: Tensor, rates: Tensor | None, folder: str | Path, names: Sequence[str]) -> list[Path]:
+    """Write N waveforms ``audios [N, channels, samples]`` in [-1, 1] as ``folder/<name>.wav`` of 16 bits.
+
+    Args:
+        rates: ``[N]``, samples a second; 44,100 where they are not known.
+    """
+    paths = [_path(folder, name, ".wav") for name in names]
+    each = [44_100] * len(audios) if rates is None else rates.tolist()
+    for audio, rate, path in zip(audios, each, paths, strict=True):
+        levels = torch.nan_to_num(audio.detach().float().cpu()).clamp(-1, 1) * 32767
+        _write_wav(levels.round().T.numpy(), rate, path)
+    return paths
+
+
+def save_samples(samples: Samples, folder: str | Path, names: Sequence[str]) -> list[Path]:
+    """Write pictures, clips or sounds, a file each; an empty list for samples of another kind."""
+    if samples.images is not None:
+        return save_images(samples.images, folder, names)
+    if samples.videos is not None:
+        return save_videos(samples.videos, folder, names)
+    if samples.audios is not None:
+        return save_audios(samples.audios, samples.sample_rate, folder, names)
+    return []
 
 
 def grid(
@@ -200,53 +259,95 @@ def data_uri(picture: Image, max_side: int | None = None, max_bytes: int | None 
         picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
-    kind = "png"
+    kind = "image/png"
     if max_bytes is not None and buffer.tell() > max_bytes:
         buffer = io.BytesIO()
         picture.save(buffer, format="JPEG", quality=82, optimize=True)
-        kind = "jpeg"
+        kind = "image/jpeg"
     return _uri(kind, buffer.getvalue())
 
 
 def film_uri(path: Path, max_bytes: int) -> str:
-    """The animated picture as a data URI that moves; one of more bytes in fewer and smaller frames, or else a strip.
+    """A GIF or MP4 file as a data URI that moves.
+
+    One of more bytes is made of fewer and smaller frames, or else a strip of frames; but an MP4 file stays as it is
+    where PyAV is missing.
 
     Raises:
-        OSError: the file is missing or not a picture that can be read.
+        UserError: it is no clip that can be read.
     """
-    from PIL import Image
-
-    with Image.open(path) as film:
-        kind, seconds = film.format.lower(), film.n_frames * film.info.get("duration", 100) / 1000
+    kind, mime = ("mp4", "video/mp4") if path.suffix == ".mp4" else ("gif", "image/gif")
     if path.stat().st_size <= max_bytes:
-        return _uri(kind, path.read_bytes())
-    frames = open_clip(path)
+        return _uri(mime, path.read_bytes())
+    frames, seconds = _decoded(path) if kind == "mp4" else _animation(path)
+    if frames is None:
+        return _uri(mime, path.read_bytes())
     for most, side in ((48, 192), (24, 128), (16, 96)):
-        kept = _spread(frames, most)
+        kept = [frames[k] for k in evenly(len(frames), most)]
         for frame in kept:
             frame.thumbnail((side, side))
         buffer = io.BytesIO()
-        _write_gif(kept, seconds / len(kept), buffer)
+        _write_film(kept, seconds / len(kept), buffer, kind, quality=30)
         if buffer.tell() <= max_bytes:
-            return _uri("gif", buffer.getvalue())
-    return data_uri(grid(_spread(frames, 4), 4), max_bytes=max_bytes)
+            return _uri(mime, buffer.getvalue())
+    return data_uri(grid([frames[k] for k in evenly(len(frames), 4)], 4), max_bytes=max_bytes)
 
 
-def _write_gif(frames: Sequence[Image], seconds: float, place: Path | io.BytesIO) -> None:
-    """Endlessly looping, each frame shown for so many seconds."""
+def _animation(path: Path) -> tuple[list[Image], float]:
+    """Frames of an animated picture, and the seconds that they last."""
+    from PIL import Image
+
+    with Image.open(path) as film:
+        seconds = film.n_frames * film.info.get("duration", 100) / 1000
+    return open_clip(path), seconds
+
+
+def sound_uri(path: Path, max_bytes: int) -> str:
+    """A WAV file as a data URI; one of more bytes as a single channel of fewer samples a second, then cut short.
+
+    Raises:
+        UserError: it is no WAV file of 16 bits.
+    """
+    try:
+        with wave.open(str(path)) as file:
+            levels = np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, file.getnchannels())
+            rate = file.getframerate()
+    except (wave.Error, EOFError, ValueError) as error:
+        raise UserError(f"'{path}' is no sound that can be read: {error}") from error
+    if path.stat().st_size > max_bytes:
+        # Speech and most of music are below 4 kHz.
+        step = max(min(rate // 8000, -(-2 * len(levels) // max_bytes)), 1)
+        whole = len(levels) // step * step
+        levels = levels[:whole].mean(1).reshape(-1, step).mean(1)[: max_bytes // 2 - 22, None].round()
+        rate //= step
+    buffer = io.BytesIO()
+    _write_wav(levels, rate, buffer)
+    return _uri("audio/wav", buffer.getvalue())
+
+
+def _write_film(
+    frames: Sequence[Image], seconds: float, place: Path | io.BytesIO, kind: str, quality: int = 18
+) -> None:
+    """Each frame shown for so many seconds; a GIF loops endlessly."""
+    if kind == "mp4":
+        mp4.write(map(np.asarray, frames), 1 / seconds, place, quality)
+        return
     # GIF counts time in hundredths of a second.
     duration = max(1, round(100 * seconds)) * 10
     frames[0].save(place, format="GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
 
 
-def _spread(frames: Sequence[Image], most: int) -> list[Image]:
-    """At most so many of them, the first and the last among them."""
-    count = min(most, len(frames))
-    return [frames[k * (len(frames) - 1) // max(count - 1, 1)] for k in range(count)]
+def _write_wav(levels: np.ndarray, rate: int, place: Path | io.BytesIO) -> None:
+    """Levels ``[samples, channels]`` of 16 bits."""
+    with wave.open(str(place) if isinstance(place, Path) else place, "wb") as file:
+        file.setnchannels(levels.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(levels.astype("<i2").tobytes())
 
 
 def _uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _named(value: Mapping[str, Any], keys: Sequence[str]) -> Any:

@@ -23,6 +23,7 @@ VERB_HELP = {
     "chain": "only through the sampler of a diffusion or flow pipeline can a reward be differentiated",
     "complete": "only the sampler of a diffusion or flow pipeline can complete its own states",
     "branches": "samples share decisions where pipeline.branching is set",
+    "steered": "rewards steer the rollouts of a diffusion or flow pipeline where pipeline.steering is set",
     "denoise": "only models that denoise have a forward process: diffusion and flow pipelines, flow heads of robots",
     "transitions": "only the pipeline residual_robot, an actor beside a frozen robot policy, has critics and a replay",
 }
@@ -44,6 +45,7 @@ class Policy(Protocol):
             "chain", when gradient flows through its sampler (``chain``);
             "complete", when the states before its decisions can be completed without noise (``complete``);
             "branches", when the samples of a group share their first decisions, and rollouts have ``branch``;
+            "steered", when rewards steer its decisions, and rollouts have ``process`` and ``aim``;
             "transitions", when it has an actor, critics and a replay buffer of transitions (``remember``, ``recall``).
         parameters: what trains.
         counters: work done so far (forwards, prompts encoded...), for tests and reports.
@@ -150,6 +152,9 @@ class ChainPolicy(Policy, Protocol):
             source: what the chain starts from, where that is not drawn: states ``[N, ...]`` at its begin, or clean
                 outputs (those of a rollout, or the prompts' targets), which are noised to the level of its begin.
         """
+
+    def noised(self, samples: Samples | Rollout, seeds: Sequence[int]) -> Denoising:
+        """What ``denoise`` predicts at, without the prediction; gradient flows to outputs that ``chain`` made."""
 
 
 class CompletingPolicy(Policy, Protocol):

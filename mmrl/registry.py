@@ -41,6 +41,10 @@ _WHITENED = {"whiten": True, "aggregation": "token", "advantage_clip": None}
 
 PIPELINES = {
     "diffusion": Entry("pipelines.diffusion:DiffusionPolicy", "any diffusers pipeline, through its scheduler"),
+    "initial_noise": Entry(
+        "pipelines.initial_noise:InitialNoisePolicy",
+        "a learned distribution of the noise a pipeline starts from (FIND)",
+    ),
     "vlm": Entry("pipelines.vlm.policy:VLMPolicy", "any transformers model for images and text"),
     "robot": Entry("pipelines.robot.policy:RobotPolicy", "action heads over gymnasium environments"),
     "residual_robot": Entry("pipelines.robot.residual:ResidualPolicy", "a small actor corrects a frozen robot policy"),
@@ -180,6 +184,10 @@ ALGORITHMS = {
         _REWARD_BACKPROP,
         "the noised target goes through the last part of the sampler",
         {"begin": (0.4, 0.4)},
+    ),
+    "tdm_r1": Entry(
+        "mmrl.algorithms.surrogate_reward:SurrogateReward",
+        "few-step samplers climb a learned surrogate of any reward (TDM-R1)",
     ),
     "raft": Entry("mmrl.algorithms.rejection:BestOfN", "fit the best of each group (RAFT, best of n)"),
     "rwr": Entry(

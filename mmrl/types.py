@@ -155,6 +155,7 @@ class Samples(Rows):
         images: ``[N, 3, H, W]`` in [0, 1].
         videos: ``[N, F, 3, H, W]`` in [0, 1].
         audios: waveforms ``[N, channels, samples]``, about in [-1, 1].
+        sample_rate: long ``[N]``, of waveforms, samples a second.
         episodes: N runs of an environment.
         truncated: bool ``[N]``, set where the output was cut by a length or time limit.
         lengths: long ``[N]``, tokens (or environment steps) of each output.
@@ -169,6 +170,7 @@ class Samples(Rows):
     images: Tensor | None = None
     videos: Tensor | None = None
     audios: Tensor | None = None
+    sample_rate: Tensor | None = None
     episodes: list[Episode] | None = None
     truncated: Tensor | None = None
     lengths: Tensor | None = None
@@ -201,6 +203,9 @@ class Rollout(Rows):
             record it.
         branch: long ``[N, T]``, from rollouts whose samples share their first decisions: rows with the same number in a
             column made that decision together. Numbers say nothing else.
+        process: ``[N, T]`` rewards of the states before decisions, from policies that rewards steer; NaN where there is
+            none.
+        aim: ``[N, T, ...]``, from such policies where ``mean`` is kept: the means that decisions were steered to.
     """
 
     samples: Samples
@@ -214,8 +219,12 @@ class Rollout(Rows):
     final_value: Tensor | None = None
     std: Tensor | None = None
     branch: Tensor | None = None
+    process: Tensor | None = None
+    aim: Tensor | None = None
 
-    ragged: ClassVar[Mapping[str, int]] = dict.fromkeys(("logp", "mask", "mean", "value", "turn", "std", "branch"), 1)
+    ragged: ClassVar[Mapping[str, int]] = dict.fromkeys(
+        ("logp", "mask", "mean", "value", "turn", "std", "branch", "process", "aim"), 1
+    )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -256,12 +265,14 @@ class Chain:
         begin, end: places; one step at least lies between them.
         grad_steps: how many of its last steps carry gradient.
         jump: from the last step go straight to its estimate of the clean output.
+        decode: make outputs that rewards can see; otherwise only the sampler's own states come of it.
     """
 
     begin: int
     end: int
     grad_steps: int
     jump: bool = False
+    decode: bool = True
 
 
 @dataclass(eq=False)
@@ -276,7 +287,8 @@ class Denoising:
         target: float32 ``[M, ...]``, what the prediction should be.
         x: ``[M, ...]``, the noised states.
         time: ``[M]`` in (0, 1], the noise level sigma for flows.
-        x0_scale: ``[M]``, by which an error of the prediction becomes one of the clean output; sigma for flows.
+        x0_scale: ``[M]``, by how much the estimate of the clean output falls where the prediction rises by 1; sigma for
+            flows, -1 for models that predict the clean output itself.
         prediction: ``[M, ...]``; None before there is one.
         row: long ``[M]``, the sample that each belongs to; None where there is one each.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrl.errors import UserError
+from mmrl.policy import Parameters
 from mmrl.seeding import derive_seed, generator, prompt_keys
 from mmrl.types import Chain, Decisions, Denoising, Prompt, Rollout, Samples
 from pipelines import adapters, latents, loading
@@ -22,8 +24,10 @@ from pipelines.branching import Branching, branched_rollout
 from pipelines.guidance import NegativeBranch, NegativeModel
 from pipelines.kept_graph import KeptGraph
 from pipelines.noising import FitTime, noised_again
-from pipelines.scheduler_seam import JumpToX0, Kernel, Replay, Sample, Velocity
+from pipelines.scheduler_seam import Critic, JumpToX0, Kernel, Replay, Sample, Velocity
 from pipelines.seam import Call, Seam
+from pipelines.state_value import state_value
+from pipelines.steering import Steered, Steering
 from pipelines.step_kernel import LogProbKind, StepKind
 from pipelines.trace import Trace, shared_states
 from pipelines.windows import noise_levels, window_steps
@@ -49,6 +53,10 @@ class DiffusionPolicy:
         same_noise: members of a group start from the same x_T.
         shared_prefix: run the steps before the window once per prompt; needs ``same_noise``.
         branching: samples of a prompt share their first steps, as a tree or a fan (:mod:`pipelines.branching`).
+        steering: rewards whose gradient steers rollouts (Euphonium, :mod:`pipelines.steering`).
+        value_head: predict the reward of the state before each stochastic step (:mod:`pipelines.state_value`), for
+            ``ppo``; not part of what is exported.
+        value_lr_scale: learning rate of the value head as a multiple of ``trainer.lr``.
         gradient_checkpointing: recompute activations in the backward pass (the denoiser's blocks and the VAE); with
             ``step``, whole denoising steps, so that the gradient of many steps needs the memory of one.
         keep_graph: keep the graphs of the stochastic steps while sampling, so that the first update on a rollout runs
@@ -70,7 +78,8 @@ class DiffusionPolicy:
     """
 
     verbs = frozenset(
-        {"rollout", "decisions", "fit", "denoise", "generate", "chain", "candidates", "complete", "means", "branches"}
+        {"rollout", "decisions", "fit", "denoise", "generate", "chain", "candidates", "complete", "means"}
+        | {"branches", "values", "steered"}
     )
 
     def __init__(
@@ -88,6 +97,9 @@ class DiffusionPolicy:
         same_noise: bool = False,
         shared_prefix: bool = False,
         branching: Branching | None = None,
+        steering: Steering | None = None,
+        value_head: bool = False,
+        value_lr_scale: Annotated[float, Field(gt=0)] = 1.0,
         gradient_checkpointing: bool | Literal["step"] = False,
         keep_graph: bool = False,
         vae_tiling: bool = False,
@@ -109,12 +121,25 @@ class DiffusionPolicy:
         self.noise_scale: Sequence[float] | None = None
         self.num_steps = num_steps
         self.window = window
-        self.validate(num_steps, step, window, same_noise, shared_prefix, None, noise_level, branching, keep_graph)
+        DiffusionPolicy.validate(
+            num_steps,
+            step,
+            window,
+            same_noise,
+            shared_prefix,
+            None,
+            noise_level,
+            branching,
+            value_head,
+            steering,
+            keep_graph,
+        )
         self.batch_size = batch_size
         self.same_noise = same_noise
         self.shared_prefix = shared_prefix
         self.branching = branching
-        self.verbs = self.offers(branching)
+        self.steered = None if steering is None else Steered(steering)
+        self.verbs = self.offers(branching, value_head, steering)
         self.keep_mean = keep_mean
         self.keep_states = keep_states
         self.offload_states = offload_states
@@ -132,6 +157,10 @@ class DiffusionPolicy:
         self.negative = None if negative is None else NegativeBranch(pipe, negative)
         self.lora = lora
         self.parameters = adapters.train_all(pipe, train) if lora is None else adapters.add_lora(pipe, lora)
+        self.value = state_value(self.seam, self.train) if value_head else None
+        if self.value is not None:
+            own = {f"value.{name}": parameter for name, parameter in self.value.named_parameters()}
+            self.parameters = Parameters(self.parameters.named | own, None, dict.fromkeys(own, value_lr_scale))
         self.kept = KeptGraph(self.parameters) if keep_graph else None
         if gradient_checkpointing:
             adapters.enable_gradient_checkpointing(pipe, whole_steps=gradient_checkpointing == "step")
@@ -150,6 +179,8 @@ class DiffusionPolicy:
         model: str | None = None,
         noise_level: float | list[float] = 0.7,
         branching: Branching | None = None,
+        value_head: bool = False,
+        steering: Steering | None = None,
         keep_graph: bool = False,
         **others: Any,
     ) -> None:
@@ -163,16 +194,26 @@ class DiffusionPolicy:
                 raise UserError(
                     "branching needs stochastic steps, and shares the steps before them without shared_prefix"
                 )
+            if value_head:
+                raise UserError("value_head values the steps of samples that share none: leave out branching")
             branching.splits(stochastic)
-        if keep_graph and (step == "ode" or branching is not None):
-            raise UserError("keep_graph is for stochastic steps that samples do not share: no step: ode, no branching")
+        if steering is not None:
+            if step == "ode" or branching is not None:
+                raise UserError("steering bends stochastic steps, which step: ode has not, and goes without branching")
+            steering.components()
+        if keep_graph and (step == "ode" or branching is not None or value_head or steering is not None):
+            raise UserError(
+                "keep_graph keeps stochastic steps: no step: ode, branching, value_head or steering beside it"
+            )
         if shared_prefix and not same_noise:
             raise UserError("shared_prefix needs same_noise: true, since members of a group share their first steps")
 
     @staticmethod
-    def offers(branching: Any = None, **others: Any) -> frozenset[str]:
+    def offers(branching: Any = None, value_head: bool = False, steering: Any = None, **others: Any) -> frozenset[str]:
         """The verbs of a policy with these options."""
-        return DiffusionPolicy.verbs if branching else DiffusionPolicy.verbs - {"branches"}
+        optional = {"branches": branching, "values": value_head, "steered": steering}
+        missing = {verb for verb, on in optional.items() if not on}
+        return DiffusionPolicy.verbs - missing
 
     @staticmethod
     def forwards_per_sample(
@@ -206,6 +247,8 @@ class DiffusionPolicy:
     def to(self, device: torch.device | str) -> DiffusionPolicy:
         """Move the pipeline."""
         self.pipe.to(device)
+        if self.value is not None:
+            self.value.to(device)
         return self
 
     def compile(self) -> None:
@@ -234,10 +277,12 @@ class DiffusionPolicy:
             start = stochastic[0]
             x = self._prefix(prompts, starts[::group_size], start).repeat_interleave(group_size, 0)
         group = torch.tensor([g for g, _ in rows])
+        chosen = [prompts[g] for g, _ in rows]
         if self.kept is not None:
             self.kept.forget()
-        chosen, keep = [prompts[g] for g, _ in rows], self.kept is not None
-        return self._sample(chosen, group, starts, noises, stochastic, start, x, kernel=kernel, keep_graph=keep)
+        return self._sample(
+            chosen, group, starts, noises, stochastic, start, x, None, kernel, self.steered, self.kept is not None
+        )
 
     def finish_backward(self) -> None:
         """Carry gradients on into the forwards that the rollout kept."""
@@ -259,12 +304,12 @@ class DiffusionPolicy:
         parts, order = [], []
         for rows in self._batches(rollout.samples.prompts, self.train, where):
             scored = [self._score(rollout[rows], some) for some in together]
-            parts.append([torch.cat(values, 1) for values in zip(*scored, strict=True)])
+            parts.append({name: torch.cat([found[name] for found in scored], 1) for name in scored[0]})
             order += rows
         back = torch.tensor(order).argsort().to(self.device)
-        return Decisions(*(torch.cat(values)[back] for values in zip(*parts, strict=True)))
+        return Decisions(**{name: torch.cat([part[name] for part in parts])[back] for name in parts[0]})
 
-    def _score(self, rollout: Rollout, columns: Sequence[int]) -> tuple[Tensor, ...]:
+    def _score(self, rollout: Rollout, columns: Sequence[int]) -> dict[str, Tensor]:
         """Fields of the decisions ``columns`` of rows at the same steps; rows that share a state share its forward."""
         trace: Trace = rollout.trace
         rows, back = list(range(len(rollout))), None
@@ -273,8 +318,8 @@ class DiffusionPolicy:
         chosen = [int(trace.steps[0, column]) for column in columns]
         before = [trace.at(s)[rows].to(self.device) for s in chosen]
         after = [trace.at(s + 1).to(self.device) for s in chosen]
-        plan = Replay(trace.kernel(self.kernel), chosen, before, after, back)
         prompts, seeds = [rollout.samples.prompts[i] for i in rows], trace.seeds[rows].tolist()
+        plan = Replay(trace.kernel(self.kernel), chosen, before, after, back, self._critic(prompts))
         means = self.kept.means(trace.kept, columns) if self.kept and torch.is_grad_enabled() else None
         if means is None:
             self.seam.run(prompts, self.train, plan, seeds, before[0], torch.is_grad_enabled())
@@ -284,7 +329,15 @@ class DiffusionPolicy:
                 plan.score(mean, grid.coefficients(step, plan.kernel, stochastic=True))
         numbers = torch.tensor([[c.C for c in plan.coefficients], [c.dt for c in plan.coefficients]])
         std, dt = numbers.to(self.device)[:, None].expand(2, len(rollout), len(chosen))
-        return torch.stack(plan.logp, 1), torch.stack(after, 1), torch.stack(plan.mean, 1), std, dt
+        found = {"logp": plan.logp, "action": after, "mean": plan.mean, "value": plan.value}
+        return {name: torch.stack(each, 1) for name, each in found.items() if each} | {"std": std, "dt": dt}
+
+    def _critic(self, prompts: Sequence[Prompt]) -> Critic | None:
+        """The value head for rows of these prompts."""
+        if self.value is None:
+            return None
+        text = torch.stack([self.seam.inspect(prompt, self.train).text for prompt in prompts])
+        return functools.partial(self.value, text)
 
     def decision_chunks(self, rollout: Rollout) -> list[list[int]]:
         """One denoising step at a time."""
@@ -312,6 +365,12 @@ class DiffusionPolicy:
         """
         return self.denoise(samples, seeds).error
 
+    def noised(self, samples: Samples | Rollout, seeds: Sequence[int]) -> Denoising:
+        """What :meth:`denoise` predicts at, without the prediction; gradient flows to the latents of a rollout."""
+        prompts = samples.samples.prompts if isinstance(samples, Rollout) else samples.prompts
+        grid = self.seam.inspect(prompts[0], self.fitting).grid
+        return noised_again(grid, self._clean(samples), seeds, self.fit_time)
+
     def denoise(self, samples: Samples | Rollout, seeds: Sequence[int], at: Denoising | None = None) -> Denoising:
         """Predictions for pictures that are noised again; see :class:`mmrl.policy.DenoisingPolicy`.
 
@@ -319,9 +378,7 @@ class DiffusionPolicy:
         latents already. Row k's noise and noise level depend on ``seeds[k]`` alone.
         """
         prompts = samples.samples.prompts if isinstance(samples, Rollout) else samples.prompts
-        if at is None:
-            grid = self.seam.inspect(prompts[0], self.fitting).grid
-            at = noised_again(grid, self._clean(samples), seeds, self.fit_time)
+        at = self.noised(samples, seeds) if at is None else at
         return replace(at, prediction=self.velocity(prompts, at.x, at.time))
 
     def _clean(self, samples: Samples | Rollout) -> Tensor:
@@ -353,11 +410,16 @@ class DiffusionPolicy:
             if self.seam.is_consistency:
                 noise = [generator(seeds[i], "steps") for i in rows]
                 plan = Sample(Kernel("cps", 1.0), range(self.eval.num_steps - 1), noise)
+            x = self.initial_states(chosen, [seeds[i] for i in rows])
             with self.negative.active(len(rows)) if self.negative else contextlib.nullcontext():
-                pictures.append(self.seam.run(chosen, self.eval, plan, starts, decode=True))
+                pictures.append(self.seam.run(chosen, self.eval, plan, starts, x, decode=True))
             order += rows
         back = torch.tensor(order).argsort()
-        return _samples(list(prompts), torch.cat(pictures).float()[back.to(self.device)], torch.arange(len(prompts)))
+        return self._samples(prompts, torch.cat(pictures).float()[back.to(self.device)], torch.arange(len(prompts)))
+
+    def initial_states(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Tensor | None:
+        """What :meth:`generate` starts from, ``[N, ...]``; None is the noise that the pipeline draws itself."""
+        return None
 
     def chain(
         self,
@@ -402,7 +464,7 @@ class DiffusionPolicy:
             )
             order += rows
         back = torch.tensor(order).argsort()
-        return _samples(prompts, torch.cat(pictures).float()[back.to(self.device)], rollout.group)
+        return self._samples(prompts, torch.cat(pictures).float()[back.to(self.device)], rollout.group)
 
     @torch.no_grad()
     def complete(self, rollout: Rollout, column: int, jump: bool = False) -> Samples:
@@ -508,6 +570,7 @@ class DiffusionPolicy:
         x: Tensor | None,
         chain: Chain | None = None,
         kernel: Kernel | None = None,
+        steered: Steered | None = None,
         keep_graph: bool = False,
     ) -> Rollout:
         """Sample rows from step ``start`` (at ``x``, or at x_T) to the picture, or to the end of a ``chain``.
@@ -521,6 +584,7 @@ class DiffusionPolicy:
         grad = start in stochastic if keep_graph else chain.grad_steps >= chain.end - chain.begin
         parts, order = [], []
         for rows in self._batches(prompts, self.train):
+            chosen, seeds = [prompts[i] for i in rows], [starts[i] for i in rows]
             plan = Sample(
                 kernel,
                 stochastic,
@@ -531,10 +595,15 @@ class DiffusionPolicy:
                 jump=chain.jump,
                 record=None if everything else frozenset(kept),
                 keep_mean=self.keep_mean,
+                critic=self._critic(chosen) if stochastic else None,
                 keep_graph=keep_graph,
             )
-            chosen, seeds = [prompts[i] for i in rows], [starts[i] for i in rows]
-            pictures = self.seam.run(chosen, self.train, plan, seeds, None if x is None else x[rows], grad, decode=True)
+            begin = None if x is None else x[rows]
+            process = None
+            if steered is None:
+                pictures = self.seam.run(chosen, self.train, plan, seeds, begin, grad, decode=chain.decode)
+            else:
+                pictures, process = steered.run(self, chosen, plan, seeds, begin)
             count, positions = len(rows), sorted(plan.states)
             logp = torch.stack(plan.logp, 1) if plan.logp else torch.zeros(count, 0, device=self.device)
             states = torch.stack([plan.states[p] for p in positions], 1)
@@ -547,12 +616,21 @@ class DiffusionPolicy:
                 self.kept.keep(plan.mean) if keep_graph and plan.mean else None,
             )
             std = torch.tensor(plan.std, device=self.device).expand_as(logp)
-            mean = torch.stack(plan.mean, 1).detach() if self.keep_mean and plan.mean else None
-            samples = _samples(chosen, pictures.float(), group[rows])
+            means = plan.mean if self.keep_mean else []
+            lists = means, plan.value, plan.aim if steered else []
+            mean, value, aim = (torch.stack(each, 1).detach() if each else None for each in lists)
+            own = group[rows]
+            samples = self._samples(chosen, pictures.float(), own) if chain.decode else Samples(chosen, group=own)
             mask = torch.ones_like(logp, dtype=torch.bool)
-            parts.append(Rollout(samples, logp, mask, group[rows], trace, mean, std=std))
+            parts.append(Rollout(samples, logp, mask, own, trace, mean, value, std=std, process=process, aim=aim))
             order += rows
         return Rollout.cat(parts)[torch.tensor(order).argsort()]
+
+    def _samples(self, prompts: Sequence[Prompt], pictures: Tensor, group: Tensor) -> Samples:
+        kind = {3: "audios", 4: "images", 5: "videos"}[pictures.ndim]
+        rate = self.seam.sample_rate if kind == "audios" else None
+        rates = None if rate is None else torch.full((len(prompts),), rate)
+        return Samples(list(prompts), group=group, sample_rate=rates, **{kind: pictures})
 
     def _velocity(self, prompts: Sequence[Prompt], x: Tensor, time: Tensor, call: Call) -> Tensor:
         """Prediction for rows that share a pipeline call."""
@@ -601,8 +679,3 @@ def check_step(step: StepKind, noise_level: float | list[float], seam: Seam) -> 
     if step in ("cps", "ddim") and max(levels) > 1:
         raise UserError(f"noise_level {noise_level} is too large for step '{step}': use at most 1")
     return step
-
-
-def _samples(prompts: list[Prompt], pictures: Tensor, group: Tensor) -> Samples:
-    kind = {3: "audios", 4: "images", 5: "videos"}[pictures.ndim]
-    return Samples(prompts, group=group, **{kind: pictures})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmrl.data import CLIPS
 from mmrl.errors import UserError
-from mmrl.media import open_clip
+from mmrl.media import clip_frames
 from mmrl.types import Prompt, Samples
 
 
@@ -103,13 +103,13 @@ def target(prompt: Prompt) -> Tensor:
     """A prompt's ``target``, a picture ``[3, H, W]`` or a clip ``[F, 3, H, W]``, in [0, 1].
 
     Raises:
-        UserError: it is neither, or a file that cannot be read without a video decoder.
+        UserError: it is neither, or a file that cannot be read.
     """
     value, name = prompt.target, f"target of '{prompt.id or prompt.text}'"
     if isinstance(value, str) and value.lower().endswith(CLIPS):
-        value = open_clip(value)
-        if isinstance(value, str):
-            raise UserError(f"{name}: '{value}' is no animated picture; give its frames as pictures, or a GIF")
+        value = clip_frames(value)
+        if value is None:
+            raise UserError(f"{name}: '{prompt.target}' takes PyAV to be read: pip install \"mmrl[video]\"")
     if isinstance(value, (list, tuple)):
         return torch.stack([picture(frame, name) for frame in value])
     return picture(value, name)

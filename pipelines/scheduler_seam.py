@@ -11,7 +11,7 @@ import abc
 import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -54,12 +54,20 @@ class Kernel:
         return self.noise_level[index] if isinstance(self.noise_level, Mapping) else self.noise_level
 
     def draw(
-        self, mean: Tensor, c: StepCoefficients, noise: Sequence[torch.Generator], dtype: torch.dtype
+        self,
+        mean: Tensor,
+        c: StepCoefficients,
+        noise: Sequence[torch.Generator],
+        dtype: torch.dtype,
+        aim: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Next states ``[N, ...]`` around ``mean``, one noise a row, and their log-probs ``[N]``."""
+        """Next states ``[N, ...]`` around ``aim`` or else ``mean``, one noise a row, and their log-probs ``[N]``.
+
+        The log-probs are always those around ``mean``.
+        """
         z = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in noise]).to(mean.device)
         # Rounded first: the log-prob is that of the state the pipeline really continues from.
-        x = (mean + c.C * z).to(dtype).float()
+        x = ((mean if aim is None else aim) + c.C * z).to(dtype).float()
         return x, step_logp(x, mean, c.C, self.log_prob, self.step)
 
 
@@ -113,7 +121,7 @@ class FlowGrid:
         return (1 - s) * x0 + s * noise, noise - x0
 
     def x0_scale(self, time: Tensor) -> Tensor:
-        """By which an error ``[N]`` of the prediction becomes one of the clean sample."""
+        """By how much ``[N]`` the estimate of the clean sample falls where the prediction rises by 1."""
         return time
 
 
@@ -185,15 +193,19 @@ class DiffusionGrid:
         return signal * x0 + sigma * noise, target
 
     def x0_scale(self, time: Tensor) -> Tensor:
-        """By which an error ``[N]`` of the prediction becomes one of the clean sample."""
+        """By how much ``[N]`` the estimate of the clean sample falls where the prediction rises by 1."""
         alpha = self.alpha_table.to(time.device)[self.timesteps_at(time)]
         sigma = (1 - alpha).sqrt()
-        return {"epsilon": sigma / alpha.sqrt(), "sample": torch.ones_like(sigma), "v_prediction": sigma}[
+        return {"epsilon": sigma / alpha.sqrt(), "sample": -torch.ones_like(sigma), "v_prediction": sigma}[
             self.prediction_type
         ]
 
 
 Grid = FlowGrid | DiffusionGrid
+
+
+Critic = Callable[[Tensor, Tensor, float], Tensor]
+"""Values ``[N]`` of states, from the states, the estimates of their clean samples and the time."""
 
 
 class Plan(abc.ABC):
@@ -248,6 +260,9 @@ class Sample(Plan):
             kept, ``None`` keeps all.
         grad_steps: how many of the last steps to differentiate through.
         jump: the last step goes straight to its estimate of the clean sample.
+        critic: values the states before stochastic steps.
+        push: ``[N, ...]``; a stochastic step aims past its mean by so many times its variance.
+        aim: where the steps aimed at, kept with ``keep_mean``.
         keep_graph: keep the graphs of stochastic steps, in ``mean``; states carry no gradient from step to step.
     """
 
@@ -260,10 +275,14 @@ class Sample(Plan):
     grad_steps: int = 0
     jump: bool = False
     keep_mean: bool = False
+    critic: Critic | None = None
+    push: Tensor | None = None
     keep_graph: bool = False
     logp: list[Tensor] = field(default_factory=list)
     mean: list[Tensor] = field(default_factory=list)
+    aim: list[Tensor] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
+    value: list[Tensor] = field(default_factory=list)
     states: dict[int, Tensor] = field(default_factory=dict)
 
     def steps(self, total: int) -> list[int]:
@@ -286,9 +305,14 @@ class Sample(Plan):
             if self.keep_mean or self.keep_graph:
                 self.mean.append(mean)
             mean = mean.detach() if self.keep_graph else mean
-            x_next, logp = self.kernel.draw(mean, c, self.noise, dtype)
+            aim = mean if self.push is None else mean + c.C**2 * self.push
+            x_next, logp = self.kernel.draw(mean, c, self.noise, dtype, aim)
             self.logp.append(logp)
             self.std.append(c.C)
+            if self.keep_mean:
+                self.aim.append(aim)
+            if self.critic is not None:
+                self.value.append(self.critic(x, endpoints[0], float(self.grid.step_times()[index])))
         self._keep(index, x)
         if index + 1 == self._end:
             self.states[index + 1] = x_next.to(dtype).float()
@@ -308,6 +332,7 @@ class Replay(Plan):
         starts, ends: recorded states before and after each of them, float32 ``[N, ...]``.
         back: long ``[N]``, which of the ``M`` rows of the run each recorded step starts from, where several start from
             one; there is one chosen step then, and ``starts`` are ``[M, ...]``.
+        critic: values the states before the steps.
     """
 
     kernel: Kernel
@@ -315,8 +340,10 @@ class Replay(Plan):
     starts: Sequence[Tensor]
     ends: Sequence[Tensor]
     back: Tensor | None = None
+    critic: Critic | None = None
     logp: list[Tensor] = field(default_factory=list)
     mean: list[Tensor] = field(default_factory=list)
+    value: list[Tensor] = field(default_factory=list)
     coefficients: list[StepCoefficients] = field(default_factory=list)
 
     def steps(self, total: int) -> list[int]:
@@ -324,8 +351,11 @@ class Replay(Plan):
 
     def take(self, index: int, x: Tensor, output: Tensor, dtype: torch.dtype) -> Tensor:
         c = self.grid.coefficients(index, self.kernel, stochastic=True)
-        mean = step_mean(*self.grid.endpoints(index, x, output), c)
+        endpoints = self.grid.endpoints(index, x, output)
+        mean = step_mean(*endpoints, c)
         self.score(mean if self.back is None else mean[self.back], c)
+        if self.critic is not None:
+            self.value.append(self.critic(x, endpoints[0], float(self.grid.step_times()[index])))
         done = len(self.logp)
         return self.starts[done] if done < len(self.starts) else x
 

@@ -42,6 +42,8 @@ ONE_ROW = {
 NEEDS_A_STEP = {"LatentConsistencyModelPipeline"}
 
 IMAGE_CACHE = 64
+# Under what names pipelines and their parts give the samples a second of a waveform.
+RATES = ("sample_rate", "sampling_rate")
 
 _RESERVED = {
     "prompt": "prompts are the rows of 'data'",
@@ -72,12 +74,14 @@ class Facts:
         grid: the noise levels.
         latent_shape: shape of one row's state, as the scheduler sees it.
         text_shapes: shapes of the row's text embeddings; rows where they differ cannot share a batch.
+        text: float32 ``[D]`` on the CPU, the means over tokens of all these embeddings, end to end.
         prompt: kept so that the identities in the cache key stay taken.
     """
 
     grid: Grid
     latent_shape: torch.Size
     text_shapes: tuple
+    text: Tensor
     prompt: Prompt
 
 
@@ -136,6 +140,12 @@ class Seam:
         return self.base.config.get("timestep_scaling") is not None
 
     @property
+    def sample_rate(self) -> int | None:
+        """Samples a second of the waveforms that the pipeline makes; None where it does not say."""
+        parts = [self.pipe, *(getattr(getattr(self.pipe, name, None), "config", None) for name in ("vocoder", "vae"))]
+        return next((rate for part in parts for key in RATES if (rate := getattr(part, key, None))), None)
+
+    @property
     def device(self) -> torch.device:
         """Where the denoiser lives."""
         return next(next(iter(denoisers(self.pipe).values())).parameters()).device
@@ -169,7 +179,8 @@ class Seam:
             plan = self.inspection()
             seen: dict[str, Any] = {"texts": []}
             self.run([prompt], call, plan, [0], seen=seen)
-            self._facts[key] = Facts(plan.grid, seen["latents"].shape[1:], tuple(seen["texts"]), prompt)
+            shapes, text = tuple(_shapes(row) for row in seen["texts"]), _pooled(seen["texts"])
+            self._facts[key] = Facts(plan.grid, seen["latents"].shape[1:], shapes, text, prompt)
             _trim(self._facts, 4 * self.text_cache)
         self._facts.move_to_end(key)
         return self._facts[key]
@@ -204,7 +215,7 @@ class Seam:
             x: ``[N, ...]`` the state to start from instead of x_T.
             grad: whether the network calls carry gradient (a plan may switch it on later).
             decode: return pictures ``[N, 3, H, W]`` or clips ``[N, F, 3, H, W]`` in [0, 1]; otherwise latents.
-            seen: filled with ``latents`` (x_T) and ``texts`` (shapes of embeddings).
+            seen: filled with ``latents`` (x_T) and ``texts`` (embeddings of the first row).
         """
         first, count = prompts[0], len(prompts)
         inputs = _inputs(first, self.arguments)
@@ -294,7 +305,7 @@ class Seam:
                 self._texts.move_to_end(key)
                 rows.append(self._texts[key])
             if seen is not None:
-                seen.setdefault("texts", []).append(_shapes(rows[0]))
+                seen.setdefault("texts", []).append(rows[0])
             return _assemble(rows)
 
         return encode_prompt
@@ -396,6 +407,15 @@ def _shapes(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_shapes(item) for item in value)
     return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _pooled(value: Any) -> Tensor:
+    """Means over all but the last axis of the numbers in a row's text encoding, end to end."""
+    if isinstance(value, (tuple, list)):
+        return torch.cat([torch.zeros(0), *(_pooled(item) for item in value)])
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.float().reshape(-1, value.shape[-1]).mean(0).cpu()
+    return torch.zeros(0)
 
 
 def _assemble(rows: Sequence[Any]) -> Any:

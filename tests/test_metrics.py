@@ -15,7 +15,7 @@ from rich.console import Console
 
 from mmrl.display import Display, duration
 from mmrl.errors import UserError
-from mmrl.media import data_uri, grid, save_images, save_videos, to_pil
+from mmrl.media import data_uri, grid, save_images, to_pil
 from mmrl.metrics import MetricsWriter, read_metrics
 
 
@@ -146,19 +146,6 @@ def test_pictures_survive_the_way_to_disk(tmp_path):
 def test_values_outside_the_range_are_clipped():
     picture = to_pil(torch.tensor([-1.0, 2.0, math.nan]).reshape(3, 1, 1))
     assert picture.getpixel((0, 0)) == (0, 255, 0)
-
-
-def test_a_clip_becomes_a_looping_gif(tmp_path):
-    video = torch.zeros(1, 3, 3, 8, 8)
-    video[0, 1] = 1.0
-    (path,) = save_videos(video, tmp_path, ["clip"], frames_per_second=8)
-    with Image.open(path) as gif:
-        assert (gif.n_frames, gif.info["loop"], gif.info["duration"]) == (3, 0, 120)
-        means = []
-        for frame in range(3):
-            gif.seek(frame)
-            means.append(np.asarray(gif.convert("RGB")).mean())
-    assert means == [0, 255, 0]
 
 
 def test_grid_places_pictures_row_by_row():

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from mmrl.errors import UserError
-from mmrl.media import save_images, save_videos
+from mmrl.media import save_audios, save_images, save_videos
 from mmrl.metrics import MetricsWriter
 from mmrl.report import write_report
 from mmrl.report.charts import Line, line_chart, number, smooth, stacked_chart
@@ -276,13 +277,35 @@ def test_large_photographs_stay_below_three_megabytes(tmp_path):
     assert 100_000 < size < 3_000_000
 
 
-def test_clips_are_embedded_moving(tmp_path):
+MOVING = re.compile(
+    r'<img src="data:image/gif;base64,|<video autoplay loop muted playsinline src="data:video/mp4;base64,'
+)
+
+
+@pytest.mark.parametrize("with_av", [True, False])
+def test_clips_are_embedded_moving(tmp_path, monkeypatch, with_av):
+    if with_av:
+        pytest.importorskip("av")
+    else:
+        monkeypatch.setitem(sys.modules, "av", None)
     MetricsWriter(tmp_path).write(0, {"eval/reward": 0.1})
     folder = tmp_path / "eval" / "step-000000"
-    save_videos(torch.rand(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), folder, ["a", "b"])
-    rows = [{"file": f"{name}.gif", "prompt": "p", "seed": 0, "scores": {}, "total": 0.5} for name in "ab"]
+    clips = torch.rand(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    files = [path.name for path in save_videos(clips, folder, ["a", "b"])]
+    rows = [{"file": file, "prompt": "p", "seed": 0, "scores": {}, "total": 0.5} for file in files]
     (folder / "scores.json").write_text(json.dumps(rows))
-    assert write_report(tmp_path).read_text().count("data:image/gif;base64,") == 2
+    page = write_report(tmp_path).read_text()
+    assert len(MOVING.findall(page)) == 2
+    assert page.count("data:video/mp4") == (2 if with_av else 0)
+
+
+def test_sounds_can_be_played(tmp_path):
+    MetricsWriter(tmp_path).write(0, {"eval/reward": 0.1})
+    folder = tmp_path / "eval" / "step-000000"
+    files = [path.name for path in save_audios(torch.zeros(2, 1, 800), None, folder, ["a", "b"])]
+    rows = [{"file": file, "prompt": "p", "seed": 0, "scores": {}, "total": 0.5} for file in files]
+    (folder / "scores.json").write_text(json.dumps(rows))
+    assert write_report(tmp_path).read_text().count('<audio controls src="data:audio/wav;base64,') == 2
 
 
 def test_a_share_of_successes_has_a_band_and_only_filmed_episodes_are_shown(tmp_path):
@@ -292,15 +315,16 @@ def test_a_share_of_successes_has_a_band_and_only_filmed_episodes_are_shown(tmp_
         scores = {f"eval/{name}/{end}": value for name in ("reward", "success") for end, value in ends.items()}
         writer.write(step, {"eval/reward": share, "eval/success/mean": share, **scores})
         folder = tmp_path / "eval" / f"step-{step:06d}"
-        save_videos(torch.rand(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), folder, ["0", "1"])
+        clips = torch.rand(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        files = [path.name for path in save_videos(clips, folder, ["0", "1"])]
         rows = [{"prompt": f"p{k}", "seed": 0, "scores": {}, "total": float(k < 28 * share)} for k in range(28)]
         for k in range(2):
-            rows[k]["file"] = f"{k}.gif"
+            rows[k]["file"] = files[k]
         (folder / "scores.json").write_text(json.dumps(rows))
     page = write_report(tmp_path).read_text()
     assert "no picture" not in page
     # Two pairs, and the better and the worse of the two that are filmed.
-    assert page.count("data:image/gif;base64,") == 6
+    assert len(MOVING.findall(page)) == 6
     assert "95%: 0.56 to 0.88" in page
     (band,) = re.findall(r'class="band k0" d="M([^"]*)Z"', page)
     heights = [float(pair.split()[1]) for pair in band.split("L")]

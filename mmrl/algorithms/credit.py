@@ -49,6 +49,7 @@ class Credit:
     soft: tuple[float, float]
     scale: tuple[float, float]
     extremes: int | None = None
+    process: float = 0.0
 
     def __call__(
         self,
@@ -87,6 +88,9 @@ class Credit:
             if self.soft != (0.0, 0.0):
                 per_sample = soft_advantages(per_sample, *self.soft)
             advantage = per_sample.cpu()[:, None] * mask
+        if self.process:
+            earned = rollout.process.cpu()
+            advantage = advantage + self.process * column_advantages(earned, rollout.group.cpu(), mask)
         if self.extremes is not None:
             kept = extremes(scores.total.detach().cpu(), rollout.group.cpu(), self.extremes)
             advantage = advantage * kept[:, None]

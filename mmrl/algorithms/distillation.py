@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from mmrl.components import build_policy, pipeline_component
 from mmrl.errors import UserError
 from mmrl.policy import Policy
 from mmrl.seeding import derive_seed
-from mmrl.types import Prompt, Rollout, mean_square
+from mmrl.types import Decisions, Prompt, Rollout, mean_square
 
 
 @dataclass
@@ -39,11 +39,12 @@ class Distillation:
 
     Args:
         teacher: a pipeline section: its ``type``, ``model`` and options. It must be of the student's type and, for
-            tokens, of its vocabulary.
+            tokens, of its vocabulary. ``steering`` is the policy itself as ``pipeline.steering`` steers it: it learns
+            to go by itself where rewards bent its steps to (Euphonium's distillation, arXiv 2602.04928).
         group_size: samples per prompt.
     """
 
-    teacher: dict[str, Any]
+    teacher: dict[str, Any] | Literal["steering"]
     group_size: Annotated[int, Field(ge=1)] = 1
 
     verbs: ClassVar[frozenset[str]] = frozenset({"rollout", "decisions"})
@@ -52,6 +53,9 @@ class Distillation:
     needs_rewards: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if self.teacher == "steering":
+            self.verbs = self.verbs | {"means", "steered"}
+            return
         where = "algorithm.teacher"
         self._component = pipeline_component(self.teacher, where=where, path=where, folders=())
         self._policy: Policy | None = None
@@ -68,6 +72,7 @@ class Distillation:
         return self._policy
 
     def collect(self, context: Context, prompts: Sequence[Prompt], step: int) -> Rollout:
+        context.policy.keep_mean = self.teacher == "steering"
         return roll_out(context, prompts, self.group_size, step)
 
     def updates(self, context: Context, experience: Rollout, step: int) -> Iterator[Update]:
@@ -84,8 +89,11 @@ class Distillation:
         rollout, columns = micro_batch.rollout, micro_batch.columns
         mask = rollout.mask[:, columns]
         now = context.policy.decisions(rollout, columns)
-        with torch.no_grad():
-            wanted = self.teacher_of(context.policy).decisions(rollout, columns)
+        if self.teacher == "steering":
+            wanted = Decisions(rollout.logp[:, columns], mean=rollout.aim[:, columns].to(now.logp.device))
+        else:
+            with torch.no_grad():
+                wanted = self.teacher_of(context.policy).decisions(rollout, columns)
         if now.mean is not None:
             kl = losses.gaussian_kl(now.mean, wanted.mean, now.std)
         else:
@@ -106,6 +114,11 @@ class PredictionDistillation(Distillation):
     noise_draws: Annotated[int, Field(ge=1)] = 1
 
     verbs: ClassVar[frozenset[str]] = frozenset({"rollout", "denoise"})
+
+    def __post_init__(self) -> None:
+        if self.teacher == "steering":
+            raise UserError("algorithm.teacher 'steering' bends steps, not predictions on noised outputs: use distill")
+        super().__post_init__()
 
     def _micro_batches(self, context: Context, rollout: Rollout, step: int) -> Iterator[MicroBatch]:
         divisor = distributed.total(len(rollout)) * self.noise_draws

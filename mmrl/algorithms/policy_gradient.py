@@ -77,6 +77,8 @@ class PolicyGradient:
         completion: of ``gain``: the rest of the deterministic sampler (``ode``), or one ``jump`` to its estimate of the
             clean output, which is cheaper and worse.
         calibrate_noise: of ``gain``: adapt the noise of each step.
+        process_coef: weight of further advantages, those of the rewards of states by which ``pipeline.steering`` steers
+            (Euphonium's dual reward); each compares a decision with the same one of the others of its group.
         extremes: learn from so many of the best and so many of the worst of each group alone (DanceGRPO's best-of-N,
             B2-DiffuRL's comparison of branches).
         advantage_clip: bound on the size of an advantage; null for none.
@@ -136,6 +138,7 @@ class PolicyGradient:
         advantage: CreditMethod = "group",
         completion: Completion = "ode",
         calibrate_noise: NoiseCalibration | None = None,
+        process_coef: Annotated[float, Field(ge=0)] = 0.0,
         extremes: Annotated[int, Field(ge=1)] | None = None,
         advantage_clip: Annotated[float, Field(gt=0)] | None = 5.0,
         soft_advantage: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.0, 0.0),
@@ -193,7 +196,9 @@ class PolicyGradient:
         self.block_rows = block_rows or group_size
         self.max_decisions = max_decisions
         self.mask_truncated = mask_truncated
-        self.credit = Credit(advantage, advantage_clip, whiten, gamma, lam, soft_advantage, advantage_scale, extremes)
+        self.credit = Credit(
+            advantage, advantage_clip, whiten, gamma, lam, soft_advantage, advantage_scale, extremes, process_coef
+        )
         if calibrate_noise is not None and advantage != "gain":
             raise UserError(
                 f"algorithm.calibrate_noise goes by the gains of steps, which advantage '{advantage}' has not"
@@ -233,6 +238,7 @@ class PolicyGradient:
             "generate": advantage == "remax",
             "complete": advantage == "gain",
             "branches": advantage == "tree",
+            "steered": process_coef > 0,
             "given": any(getattr(hook, "verbs", None) for hook in self.hooks) or replay is not None,
         }
         self.verbs = frozenset({"rollout", "decisions", *(verb for verb, needs in needed.items() if needs)})
@@ -315,13 +321,13 @@ class PolicyGradient:
         groups = int(rollout.group.max()) + 1
         alive = torch.zeros(groups).index_add_(0, rollout.group.cpu(), advantage.abs().sum(1)) > 0
         context.tally.mean("groups/without_signal", (~alive).float())
-        rollout, factor = self._factor(context, rollout, mask)
+        rollout, factor = self._factor(context, rollout, mask, step)
         clip_scale = None
         if self.clip_schedule is not None:
             clip_scale = self.clip_schedule.scale(*turns_of(rollout, mask).places())
         return Experience(rollout, advantage, mask, factor, clip_scale, reference, returns)
 
-    def _factor(self, context: Context, rollout: Rollout, mask: Tensor) -> tuple[Rollout, Tensor | None]:
+    def _factor(self, context: Context, rollout: Rollout, mask: Tensor, step: int) -> tuple[Rollout, Tensor | None]:
         """What multiplies the policy term, and the rollout with the log-probs that ratios are to be taken against."""
         factors = []
         if self.importance is not None or self.top_entropy < 1:
@@ -338,6 +344,8 @@ class PolicyGradient:
             factors.append(discount_factor(*turns_of(rollout, mask).places(), self.decision_discount))
         if self.step_weight == "noise":
             factors.append(noise_weights(rollout, mask))
+        if self.value is not None and step < self.value.warmup:
+            factors.append(torch.zeros(mask.shape))
         return rollout, math.prod(factors) if factors else None
 
     def updates(self, context: Context, experience: Experience, step: int) -> Iterator[Update]:

@@ -110,5 +110,5 @@ class PolicyLoss:
             reference = torch.where(mask, reference, decisions.logp.detach())
             return losses.sampled_kl(decisions.logp, reference, kind, self.kl_gradient)
         found = micro_batch.reference.columns(context.policy, micro_batch.columns)
-        exact = losses.gaussian_kl(decisions.mean, found.mean, decisions.std)
+        exact = losses.gaussian_kl(decisions.mean, found.mean, decisions.std, found.std)
         return exact * decisions.dt if kind == "exact_dt" else exact

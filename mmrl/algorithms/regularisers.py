@@ -109,11 +109,14 @@ class ValueHead:
         coef: weight in the loss.
         clip: bound on how far a prediction may move before it stops counting as progress; null for none.
         huber: error from which the loss grows linearly instead of quadratically; null for never.
+        warmup: first steps of a stage in which the policy term is 0, so that the value is about right before advantages
+            are made from it (AC-Flow, arXiv 2510.18072).
     """
 
     coef: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] | None = 0.2
     huber: Annotated[float, Field(gt=0)] | None = None
+    warmup: Annotated[int, Field(ge=0)] = 0
 
     def loss(self, decisions: Decisions, old_value: Tensor, returns: Tensor) -> Tensor:
         """``[n, t]``."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrl.errors import UserError
-from mmrl.media import data_uri, film_uri
+from mmrl.media import data_uri, film_uri, sound_uri
 from mmrl.report.charts import number
 from mmrl.report.run import Evaluation, Run, Sample
 from mmrl.report.verdict import signed
@@ -21,6 +21,7 @@ EXTREMES = 6
 # Keeps a page of about sixty pictures below three megabytes.
 MAX_SIDE = 256
 MAX_BYTES = 24_000
+MAX_SOUND_BYTES = 160_000
 TINY = 160
 
 
@@ -148,9 +149,7 @@ def _picture(sample: Sample, when: str) -> str:
         return '<div class="missing">no picture</div>'
     html = ""
     if file is not None:
-        alt = escape(f"{sample.prompt or 'sample'}, {when}, score {number(sample.total)}", quote=True)
-        source, tiny = _embed(file)
-        html = f'<img src="{source}" alt="{alt}"{" class=tiny" if tiny else ""}>'
+        html = _element(file, escape(f"{sample.prompt or 'sample'}, {when}, score {number(sample.total)}", quote=True))
         html = f'<div class="marked">{html}{_drawn(sample.marks)}</div>' if sample.marks else html
     if sample.text is not None:
         html += f'<p class="written">{escape(sample.text) or "<i>(nothing)</i>"}</p>'
@@ -178,6 +177,16 @@ def _fractions(values: Any, count: int) -> list[float] | None:
     if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
         return None
     return [round(100 * min(max(float(v), 0.0), 1.0), 2) for v in values]
+
+
+def _element(path: Path, label: str) -> str:
+    """What shows a picture, plays a film over and over, or has a button to play a sound."""
+    if path.suffix == ".wav":
+        return f'<audio controls src="{sound_uri(path, MAX_SOUND_BYTES)}" aria-label="{label}"></audio>'
+    source, tiny = (film_uri(path, MAX_BYTES * 2), False) if path.suffix == ".mp4" else _embed(path)
+    if source.startswith("data:video"):
+        return f'<video autoplay loop muted playsinline src="{source}" aria-label="{label}"></video>'
+    return f'<img src="{source}" alt="{label}"{" class=tiny" if tiny else ""}>'
 
 
 def _embed(path: Path) -> tuple[str, bool]:

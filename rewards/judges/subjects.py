@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmrl.errors import UserError, located, nearest
-from mmrl.media import open_clip, open_picture
+from mmrl.media import clip_frames, evenly, open_picture
 from mmrl.scoring import describe_sample
 from mmrl.types import Prompt, Samples
 from rewards.robot import pictures_of
@@ -76,7 +76,7 @@ def subjects(samples: Samples, frames: int, name: str) -> list[Subject]:
         shown = [(as_picture(image),) for image in samples.images]
     elif kind == "video":
         clips = samples.videos if samples.videos is not None else pictures_of(samples, name)
-        shown = [tuple(as_picture(_unit(clip[i])) for i in spread(len(clip), frames)) for clip in clips]
+        shown = [tuple(as_picture(_unit(clip[i])) for i in evenly(len(clip), frames)) for clip in clips]
     else:
         shown = _shown_to_the_writer(samples, frames, name)
     texts = samples.texts if kind == "text" else [""] * len(samples)
@@ -148,32 +148,19 @@ def as_picture(picture: Any, where: str = "") -> Picture:
 def frames_of(video: Any, count: int, where: str) -> list[Any]:
     """``count`` frames, evenly spread, of a clip in any form that :func:`mmrl.media.open_clip` takes.
 
-    Files that Pillow cannot read are read by transformers, which needs PyAV for it.
+    Raises:
+        UserError: it cannot be opened, or takes PyAV to be read, which is missing.
     """
     with located(where):
-        found = open_clip(video)
-    if not isinstance(found, str):
-        return [found[i] for i in spread(len(found), count)]
-    from PIL import Image
-    from transformers.video_utils import load_video
-
-    try:
-        frames, _ = load_video(found, num_frames=count)
-    except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"{where}: clip '{video}' cannot be read: {error}") from error
-    return [Image.fromarray(frame) for frame in frames]
+        found = clip_frames(video, count)
+    if found is None:
+        raise UserError(f"{where}: clip '{video}' takes PyAV to be read: pip install \"mmrl[video]\"")
+    return found
 
 
 def _unit(frame: Tensor) -> Tensor:
     """A frame in [0, 1]; those of episodes are bytes."""
     return frame / 255 if frame.dtype == torch.uint8 else frame
-
-
-def spread(length: int, count: int) -> list[int]:
-    """``count`` positions among ``length``, the first and the last among them; all of them where there are fewer."""
-    if count >= length:
-        return list(range(length))
-    return [length // 2] if count == 1 else [round(i * (length - 1) / (count - 1)) for i in range(count)]
 
 
 class Question:

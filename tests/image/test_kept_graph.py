@@ -131,7 +131,7 @@ def test_truncated_backprop_reaches_every_weight_under_autocast():
     assert all(bool(mixed[name].any()) == bool(grad.any()) for name, grad in whole.items())
 
 
-@pytest.mark.parametrize("options", [{"step": "ode"}, {"branching": Branching()}])
+@pytest.mark.parametrize("options", [{"step": "ode"}, {"branching": Branching()}, {"value_head": True}])
 def test_what_it_does_not_go_with_is_refused(options):
     with pytest.raises(UserError, match="keep_graph"):
         make(keep_graph=True, **options)

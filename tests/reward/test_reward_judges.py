@@ -15,14 +15,14 @@ from torchvision.transforms.functional import pil_to_tensor
 from mmrl import run
 from mmrl.config import load_config
 from mmrl.errors import UserError
-from mmrl.media import to_pil
+from mmrl.media import evenly, to_pil
 from mmrl.scoring import Scorer
 from mmrl.types import Episode, Prompt, Samples
 from mmrl.world.questions import rows
 from rewards import load_reward
 from rewards.judges.local import load_vlm
 from rewards.judges.pair import group_pairs, verdicts
-from rewards.judges.subjects import Question, as_picture, prompt_pictures, spread, words_of
+from rewards.judges.subjects import Question, as_picture, prompt_pictures, words_of
 from rewards.judges.verdicts import parse_score, parse_yes_no
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -419,11 +419,11 @@ def test_question_fills_its_fields_once():
         Question("{promt}", ("prompt", "completion"), where="here")
 
 
-def test_frames_are_spread():
-    assert spread(7, 3) == [0, 3, 6]
-    assert spread(9, 1) == [4]
-    assert spread(2, 4) == [0, 1]
-    assert spread(16, 4) == [0, 5, 10, 15]
+def test_frames_are_evenly_spread():
+    assert evenly(7, 3) == [0, 3, 6]
+    assert evenly(9, 1) == [4]
+    assert evenly(2, 4) == [0, 1]
+    assert evenly(16, 4) == [0, 5, 10, 15]
 
 
 def test_what_a_prompt_shows(tmp_path):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import wave
 
 import pytest
 import torch
 from zoo.audio import longcat_audio
 
 from mmrl.errors import UserError
+from mmrl.evaluation import Evaluation
+from mmrl.scoring import Scorer
 from mmrl.types import Chain, Prompt, Samples
 from pipelines import DiffusionPolicy
 from rewards import load_reward
@@ -26,6 +30,7 @@ def test_waveforms_replay_exactly(policy):
     rollout = policy.rollout(PROMPTS, group_size=2, seed=7)
     audios = rollout.samples.audios
     assert audios.shape == (4, 1, 256)
+    assert rollout.samples.sample_rate.tolist() == [800] * 4
     assert (audios[0] - audios[1]).abs().max() > 1e-2
     logp = policy.decisions(rollout).logp
     assert torch.equal(logp.detach(), rollout.logp)
@@ -33,6 +38,13 @@ def test_waveforms_replay_exactly(policy):
     for value in (logp.sum(), error.sum()):
         gradients = torch.autograd.grad(value, list(policy.parameters), allow_unused=True)
         assert sum(float(g.norm()) for g in gradients if g is not None) > 0
+
+
+def test_an_evaluation_writes_sound_files(policy, tmp_path):
+    Evaluation(PROMPTS, 1, 0, Scorer([load_reward("loudness")]))(policy, 0, tmp_path)
+    assert [row["file"] for row in json.loads((tmp_path / "scores.json").read_text())] == ["000-0.wav", "001-0.wav"]
+    with wave.open(str(tmp_path / "000-0.wav")) as file:
+        assert (file.getframerate(), file.getnframes()) == (800, 256)
 
 
 def test_backprop_makes_it_louder():
