@@ -19,7 +19,7 @@ import numpy as np
 from mmrl.types import Prompt
 from mmrl.world.captions import TASKS, all_targets, caption, is_held_out
 
-TRAIN_ROWS = {"single": 24, "count": 40, "pair": 104, "relation": 280}
+TRAIN_ROWS = {"single": 12, "count": 20, "pair": 136, "relation": 280}
 EVAL_ROWS = {"count": 3, "pair": 25, "relation": 36}
 
 
