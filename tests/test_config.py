@@ -234,6 +234,7 @@ def test_every_registered_algorithm_can_be_built_from_its_defaults(tmp_path):
     for name in ALGORITHMS:
         options = needed.get(name, {})
         overrides = [f"algorithm={json.dumps({'type': name, **options})}", "rewards=[{type: pixels}]"]
+        overrides.append("pipeline.value_head=true")
         if resolve("algorithm", name)(**ALGORITHMS[name].defaults, **options).verbs <= offered:
             stage = load_config(write(tmp_path), overrides).stages[0]
             assert build_algorithm(stage.algorithm).verbs <= offered

@@ -21,7 +21,9 @@ from mmrl.scoring import Scorer
 from mmrl.seeding import generator
 from mmrl.tally import Clock, Tally
 from mmrl.types import Denoising, Prompt, Rollout, Samples
-from pipelines import DiffusionPolicy
+from pipelines import DiffusionPolicy, LoRA
+from pipelines.scheduler_seam import DiffusionGrid
+from pipelines.step_kernel import diffusion_endpoints
 
 HERE = Path(__file__).resolve()
 
@@ -71,6 +73,18 @@ def test_the_loss_climbs_the_log_ratio_of_two_models():
     (gradient,) = torch.autograd.grad(distribution_matching_loss(now, wanted - found, found).sum(), x)
     # A score is -(x + (1 - t) v) / t; estimates of the clean output are t^2 / (1 - t) times as far apart.
     torch.testing.assert_close(gradient, -(time**2 / (1 - time) * climb / (2.0 * time)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_clean_estimates_fall_with_the_prediction(prediction):
+    """By ``x0_scale``, whatever is predicted; models to climb differ by that much."""
+    levels = torch.linspace(0.99, 0.01, 10)
+    grid = DiffusionGrid((0.5, 1.0), torch.tensor([5]), levels, prediction, None, 10)
+    x, output = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
+    for time in (torch.tensor([0.3]), torch.tensor([0.8])):
+        level = float(levels[grid.timesteps_at(time)])
+        (before, _), (after, _) = (diffusion_endpoints(x, output + rise, level, prediction) for rise in (0.0, 0.1))
+        torch.testing.assert_close(after, before - 0.1 * grid.x0_scale(time), rtol=1e-4, atol=1e-5)
 
 
 def test_a_companion_is_a_model_with_an_adam_of_its_own():
@@ -143,11 +157,12 @@ def test_resume_is_bit_exact_with_both_models(tmp_path):
     resumes_bit_exactly(tmp_path, {"type": "tdm_r1", "group_size": 4}, config=few_step_config)
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion3", "StableDiffusion"])
-def test_a_pipeline_learns_and_decodes_each_picture_once(name):
-    entry = ZOO[name]()
-    policy = DiffusionPolicy(entry.pipe, num_steps=2, call={**entry.call, "guidance_scale": 1.0}, batch_size=8)
-    policy.parameters.take_snapshot("reference")
+@pytest.mark.parametrize(("name", "lora"), [("StableDiffusion3", None), ("StableDiffusion", LoRA(rank=4))])
+def test_a_pipeline_learns_and_decodes_each_picture_once(name, lora):
+    entry, unguided = ZOO[name](), {"guidance_scale": 1.0}
+    policy = DiffusionPolicy(entry.pipe, num_steps=2, call={**entry.call, **unguided}, batch_size=8, lora=lora)
+    if lora is None:
+        policy.parameters.take_snapshot("reference")
     rows = [Prompt(text, id=text) for text in ("a red circle", "a blue square")]
 
     def brightness(samples):
