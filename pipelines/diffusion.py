@@ -21,10 +21,12 @@ from mmrl.types import Chain, Decisions, Denoising, Prompt, Rollout, Samples
 from pipelines import adapters, latents, loading
 from pipelines.adapters import LoRA
 from pipelines.branching import Branching, branched_rollout
+from pipelines.diffusion_options import check_options, check_step, forwards_per_sample
 from pipelines.guidance import NegativeBranch, NegativeModel
 from pipelines.kept_graph import KeptGraph
 from pipelines.noising import FitTime, noised_again
-from pipelines.scheduler_seam import Critic, JumpToX0, Kernel, Replay, Sample, Velocity
+from pipelines.prediction import Prediction
+from pipelines.scheduler_seam import Critic, JumpToX0, Kernel, Replay, Sample
 from pipelines.seam import Call, Seam
 from pipelines.state_value import state_value
 from pipelines.steering import Steered, Steering
@@ -121,18 +123,17 @@ class DiffusionPolicy:
         self.noise_scale: Sequence[float] | None = None
         self.num_steps = num_steps
         self.window = window
-        DiffusionPolicy.validate(
+        check_options(
             num_steps,
             step,
             window,
             same_noise,
             shared_prefix,
-            None,
-            noise_level,
-            branching,
-            value_head,
-            steering,
-            keep_graph,
+            noise_level=noise_level,
+            branching=branching,
+            value_head=value_head,
+            steering=steering,
+            keep_graph=keep_graph,
         )
         self.batch_size = batch_size
         self.same_noise = same_noise
@@ -152,7 +153,7 @@ class DiffusionPolicy:
         unguided = {name: value for name, value in call.items() if not name.startswith("negative_prompt")}
         unguided |= self.seam.guidance_off()
         self.fitting = Call(num_steps, unguided if fit_call is None else {**call, **fit_call})
-        self._times_per_row: bool | None = None
+        self.predict = Prediction(self.seam)
         adapters.freeze(pipe)
         self.negative = None if negative is None else NegativeBranch(pipe, negative)
         self.lora = lora
@@ -169,44 +170,8 @@ class DiffusionPolicy:
 
     load = staticmethod(loading.load_pipeline)
 
-    @staticmethod
-    def validate(
-        num_steps: int,
-        step: StepKind,
-        window: Any,
-        same_noise: bool,
-        shared_prefix: bool,
-        model: str | None = None,
-        noise_level: float | list[float] = 0.7,
-        branching: Branching | None = None,
-        value_head: bool = False,
-        steering: Steering | None = None,
-        keep_graph: bool = False,
-        **others: Any,
-    ) -> None:
-        """Check what needs no model in memory; raises ``UserError``. ``others`` are options that are not looked at."""
-        if model is not None:
-            loading.resolve(model)
-        stochastic = () if step == "ode" else window_steps(window, num_steps)
-        noise_levels(noise_level, stochastic)
-        if branching is not None:
-            if step == "ode" or shared_prefix:
-                raise UserError(
-                    "branching needs stochastic steps, and shares the steps before them without shared_prefix"
-                )
-            if value_head:
-                raise UserError("value_head values the steps of samples that share none: leave out branching")
-            branching.splits(stochastic)
-        if steering is not None:
-            if step == "ode" or branching is not None:
-                raise UserError("steering bends stochastic steps, which step: ode has not, and goes without branching")
-            steering.components()
-        if keep_graph and (step == "ode" or branching is not None or value_head or steering is not None):
-            raise UserError(
-                "keep_graph keeps stochastic steps: no step: ode, branching, value_head or steering beside it"
-            )
-        if shared_prefix and not same_noise:
-            raise UserError("shared_prefix needs same_noise: true, since members of a group share their first steps")
+    validate = staticmethod(check_options)
+    forwards_per_sample = staticmethod(forwards_per_sample)
 
     @staticmethod
     def offers(branching: Any = None, value_head: bool = False, steering: Any = None, **others: Any) -> frozenset[str]:
@@ -214,20 +179,6 @@ class DiffusionPolicy:
         optional = {"branches": branching, "values": value_head, "steered": steering}
         missing = {verb for verb, on in optional.items() if not on}
         return DiffusionPolicy.verbs - missing
-
-    @staticmethod
-    def forwards_per_sample(
-        num_steps: int, step: StepKind, window: Any, keep_graph: bool = False, **others: Any
-    ) -> dict[str, int]:
-        """Network rows that one sample costs per verb, at the first training step, without counting guidance.
-
-        Branches are counted as if they shared nothing.
-        """
-        steps = () if step == "ode" else window_steps(window, num_steps)
-        complete = sum(num_steps - s for s in steps)
-        each = {"rollout": num_steps, "decisions": len(steps), "complete": complete}
-        each["kept"] = len(steps) if keep_graph else 0
-        return each | {"fit": 1, "generate": num_steps}
 
     @property
     def counters(self):
@@ -353,7 +304,7 @@ class DiffusionPolicy:
         call = call or self.fitting
         parts, order = [], []
         for rows in self._batches(prompts, call):
-            parts.append(self._velocity([prompts[i] for i in rows], x[rows], time[rows].float(), call))
+            parts.append(self.predict([prompts[i] for i in rows], x[rows], time[rows].float(), call))
             order += rows
         output = torch.cat(parts)
         return output[torch.tensor(order).argsort().to(output.device)]
@@ -631,51 +582,3 @@ class DiffusionPolicy:
         rate = self.seam.sample_rate if kind == "audios" else None
         rates = None if rate is None else torch.full((len(prompts),), rate)
         return Samples(list(prompts), group=group, sample_rate=rates, **{kind: pictures})
-
-    def _velocity(self, prompts: Sequence[Prompt], x: Tensor, time: Tensor, call: Call) -> Tensor:
-        """Prediction for rows that share a pipeline call."""
-        distinct = time.unique()
-        if len(distinct) == 1:
-            return self._predict(prompts, x, distinct[0], call)
-        if self._times_per_row is None:
-            self._times_per_row = self._try_times_per_row(prompts, x, time, call)
-        if self._times_per_row:
-            return self._predict(prompts, x, time, call)
-        rows = [(time == t).nonzero().flatten().tolist() for t in distinct]
-        parts = [
-            self._predict([prompts[i] for i in part], x[part], t, call) for part, t in zip(rows, distinct, strict=True)
-        ]
-        order = torch.tensor([i for part in rows for i in part])
-        return torch.cat(parts)[order.argsort().to(x.device)]
-
-    def _predict(self, prompts: Sequence[Prompt], x: Tensor, time: Tensor, call: Call) -> Tensor:
-        plan = Velocity(time)
-        self.seam.run(prompts, call, plan, [0] * len(prompts), x, torch.is_grad_enabled())
-        return plan.output
-
-    @torch.no_grad()
-    def _try_times_per_row(self, prompts: Sequence[Prompt], x: Tensor, time: Tensor, call: Call) -> bool:
-        """Whether this pipeline's code passes a timestep per row through to its network, found out once."""
-        try:
-            together = self._predict(prompts, x, time, call)
-        except (RuntimeError, TypeError, ValueError):
-            return False
-        alone = torch.cat([self._predict(prompts[i : i + 1], x[i : i + 1], time[i], call) for i in range(len(x))])
-        return bool((together - alone).abs().max() <= 1e-2 * alone.abs().max())
-
-
-def check_step(step: StepKind, noise_level: float | list[float], seam: Seam) -> StepKind:
-    """The step for this kind of pipeline; raises ``UserError`` for one that it cannot take."""
-    if step == "ode":
-        return step
-    if not seam.is_flow and step == "flow_sde":
-        step = "ddim"
-    if step == "ddim" if seam.is_flow else step not in ("ddim", "cps"):
-        right = "flow_sde, dance, cps, wan or ode" if seam.is_flow else "ddim, cps or ode"
-        raise UserError(f"step '{step}' does not fit {seam.name}: use {right}")
-    levels = noise_level if isinstance(noise_level, list) else [noise_level]
-    if min(levels) <= 0:
-        raise UserError(f"noise_level {noise_level} leaves no noise to explore with: use a positive one, or step: ode")
-    if step in ("cps", "ddim") and max(levels) > 1:
-        raise UserError(f"noise_level {noise_level} is too large for step '{step}': use at most 1")
-    return step
