@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import warnings
@@ -52,12 +53,12 @@ def build_env(spec: str, image: int | None, max_steps: int | None, options: Mapp
 def _gymnasium(name: str, image: int | None, max_steps: int | None, options: Mapping[str, Any]) -> gymnasium.Env:
     missing = ""
     if name not in gymnasium.registry and ":" not in name:
+        # Packages register their ids when they are imported; most begin them with their name, as in gym_pusht/PushT-v0.
+        package, rest = (name.partition("/")[0], "that package") if "/" in name else ("gymnasium_robotics", _EXTRA)
         try:
-            import gymnasium_robotics
-
-            gymnasium.register_envs(gymnasium_robotics)
+            gymnasium.register_envs(importlib.import_module(package))
         except ModuleNotFoundError:
-            missing = f"; those of gymnasium-robotics need {_EXTRA}"
+            missing = f"; those of {package} need {rest}"
     if name not in gymnasium.registry and ":" not in name:
         near = nearest(name, gymnasium.registry)
         raise UserError(f"there is no env '{name}'{near if 'did you mean' in near else ''}{missing}")
