@@ -2,10 +2,9 @@
 
 import functools
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from vlm_rows import picture
 from zoo.vlms import VLM_FAMILIES, build_vlm
 
 from mmrl.algorithms.base import Context
@@ -29,10 +28,6 @@ TAKES_VIDEO = frozenset(
 # its sums in float64 the effect of padding is 4e-14.
 LINEAR_ATTENTION = frozenset({"qwen3_5"})
 PICTURES_OR_VIDEO = frozenset({"glm4v", "smolvlm"})
-
-
-def picture(height: int, width: int, seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
 def rows(family: str) -> list[Prompt]:

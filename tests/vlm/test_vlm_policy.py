@@ -1,64 +1,20 @@
-"""VLMPolicy on a tiny Qwen2.5-VL: sampling, scoring, supervised training, freezing, adapters, bad rows."""
+"""VLMPolicy on a tiny Qwen2.5-VL: scoring, shared prompts, freezing, adapters, bad rows."""
 
 import copy
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from zoo.vlms import build_vlm
+from vlm_rows import mixed_prompts, picture
 from zoo.vlms.linear import qwen3_5
 
-from mmrl.algorithms.base import Context
 from mmrl.algorithms.experience import with_groups
-from mmrl.algorithms.supervised import Supervised
 from mmrl.errors import UserError
-from mmrl.tally import Clock, Tally
 from mmrl.types import Prompt, Rollout, Samples
 from pipelines import VLMLoRA, VLMPolicy
-from pipelines.vlm.decoding import Sampling, draw
 from pipelines.vlm.loading import LoadedVLM, load_vlm
 from pipelines.vlm.prefix import joined_trace, unique_prompts
 from pipelines.vlm.token_logps import token_logps
 from pipelines.vlm.training import features_train, part_of
-
-
-def picture(height: int, width: int, seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
-
-
-@pytest.fixture(scope="module")
-def pair():
-    return build_vlm("qwen2_5_vl")
-
-
-@pytest.fixture
-def make(pair):
-    """A policy on the shared random model, whose weights must be left as they are."""
-
-    def build(**options) -> VLMPolicy:
-        return VLMPolicy(*pair, **({"max_new_tokens": 6, "batch_size": 16} | options))
-
-    return build
-
-
-@pytest.fixture
-def own():
-    """A policy on a model of its own."""
-
-    def build(**options) -> VLMPolicy:
-        return VLMPolicy(*build_vlm("qwen2_5_vl"), **({"max_new_tokens": 6, "batch_size": 16} | options))
-
-    return build
-
-
-def mixed_prompts() -> list[Prompt]:
-    return [
-        Prompt("where is the red circle?", "one", images=[picture(60, 90, 0)]),
-        Prompt("how many?", "none"),
-        Prompt("compare the first with the second, please", "two", images=[picture(90, 60, 1), picture(60, 60, 2)]),
-        Prompt("what moves?", "clip", videos=[[picture(60, 60, k) for k in range(4)]]),
-    ]
 
 
 def grads(policy: VLMPolicy, loss: torch.Tensor) -> torch.Tensor:
@@ -97,13 +53,6 @@ def test_states_of_linear_attention_are_shared_as_well():
     weight = weights(rollout)
     ours, theirs = grads(shared, (weight * a).sum()), grads(full, (weight * b).sum())
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
-
-
-def test_sampling_without_sharing_draws_the_same(make):
-    prompts = mixed_prompts()
-    a, b = (make(share_prefix=share).rollout(prompts, 2, seed=3) for share in ("auto", "never"))
-    assert torch.equal(a.trace.tokens, b.trace.tokens)
-    assert (a.logp - b.logp).abs().max() < 1e-5
 
 
 def test_work_is_done_once_per_prompt_in_rollout_and_update(make):
@@ -158,16 +107,6 @@ def test_frozen_parts_do_not_train(own, freeze):
         own(freeze=["vision", "projector", "language"])
 
 
-def test_rows_do_not_depend_on_their_batch(make):
-    prompts = mixed_prompts()
-    whole = make().rollout(prompts, 2, seed=7)
-    small = make(rollout_batch_size=2).rollout(prompts, 2, seed=7)
-    assert torch.equal(whole.trace.tokens, small.trace.tokens)
-    turned = make().rollout(prompts[::-1], 2, seed=7)
-    assert whole.samples.texts[:2] == turned.samples.texts[-2:]
-    assert make().rollout(prompts, 2, seed=8).samples.texts != whole.samples.texts
-
-
 def test_padding_changes_nothing(make):
     policy = make()
     rollout = policy.rollout(mixed_prompts(), 1, seed=2)
@@ -200,193 +139,6 @@ def test_gradient_checkpointing_changes_no_number(own, caplog):
     assert not any(module.training for module in careful.model.modules())
 
 
-def test_log_probs_are_those_of_the_scaled_distribution_without_media_tokens(make, pair):
-    model, processor = pair
-    policy = make(temperature=0.7, top_k=5, top_p=0.9, keep_entropy=True)
-    rollout = policy.rollout([mixed_prompts()[0]], 3, seed=1)
-    names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    marks = processor.tokenizer.convert_tokens_to_ids(list(names))
-    assert set(marks) <= set(policy.banned.tolist())
-    found = policy.decisions(rollout)
-    for k in range(3):
-        ids = torch.cat([rollout.trace.prompts[0].ids, rollout.trace.tokens[k, : rollout.samples.lengths[k]]])[None]
-        media = rollout.trace.prompts[0].media[0].tensors
-        types = (ids == processor.image_token_id).long()
-        with torch.no_grad():
-            logits = model(ids, **media, mm_token_type_ids=types).logits[0, len(rollout.trace.prompts[0]) - 1 : -1]
-        scaled = (logits.double() / 0.7).index_fill(-1, policy.banned, -torch.inf)
-        logp = scaled.log_softmax(-1)
-        own = torch.arange(int(rollout.samples.lengths[k]))
-        assert torch.allclose(logp[own, rollout.trace.tokens[k, own]].float(), rollout.logp[k, own], atol=1e-5)
-        entropy = torch.distributions.Categorical(logits=scaled).entropy()
-        assert torch.allclose(entropy.float(), found.entropy[k, own], atol=1e-4)
-        # Every drawn token is among the five likeliest.
-        rank = (logp > logp[own, rollout.trace.tokens[k, own]][:, None]).sum(1)
-        assert rank.max() < 5
-
-
-def test_draws_follow_the_distribution():
-    scaled = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    uniforms = (torch.arange(20000) + 0.5) / 20000
-    drawn = draw(scaled.expand(20000, -1), uniforms, Sampling(1))
-    assert torch.allclose(drawn.bincount(minlength=4) / 20000, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=1e-4)
-    top = draw(scaled.expand(20000, -1), uniforms, Sampling(1, top_p=0.75))
-    assert torch.allclose(top.bincount(minlength=4) / 20000, torch.tensor([0.625, 0.375, 0, 0]), atol=1e-4)
-    best = draw(scaled.expand(20000, -1), uniforms, Sampling(1, top_k=1))
-    assert (best == 0).all()
-    assert (draw(scaled.flip(0).expand(3, -1), uniforms[:3], Sampling(1, temperature=0.0)) == 3).all()
-    banned = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
-    ends = torch.tensor([0.0, 1 - 2**-24])
-    assert (draw(banned.expand(2, -1), ends, Sampling(1)) == 1).all()
-
-
-def test_completions_end_at_any_end_token_and_are_flagged_when_cut():
-    model, processor = build_vlm("qwen2_5_vl")
-    reach = VLMPolicy(model, processor, max_new_tokens=8).rollout([Prompt("count", "a")], 8, seed=1)
-    second = int(reach.trace.tokens[0, 2])
-    model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, second]
-    policy = VLMPolicy(model, processor, max_new_tokens=8)
-    rollout = policy.rollout([Prompt("count", "a")], 8, seed=1)
-    assert rollout.samples.lengths[0] == 3
-    assert not rollout.samples.truncated[0]
-    tokens, lengths = rollout.trace.tokens, rollout.samples.lengths
-    for row in range(8):
-        ended = tokens[row, lengths[row] - 1].item() in policy.eos.tolist()
-        assert ended != bool(rollout.samples.truncated[row])
-        assert not torch.isin(tokens[row, : lengths[row] - 1], policy.eos).any()
-        assert rollout.mask[row].sum() == lengths[row]
-    # The end token is a decision like the others.
-    assert rollout.logp[0, 2] < 0
-    assert (rollout.logp[0, 3:] == 0).all()
-    assert (policy.decisions(rollout).logp - rollout.logp).abs().max() < 1e-5
-
-
-def test_stop_strings_end_completions(make):
-    prompts = [Prompt("count", "a")]
-    free = make(max_new_tokens=12).rollout(prompts, 4, seed=1)
-    word = free.samples.texts[2][3:6]
-    stopped = make(max_new_tokens=12, stop=[word]).rollout(prompts, 4, seed=1)
-    assert word in stopped.samples.texts[2]
-    assert not stopped.samples.truncated[2]
-    assert stopped.samples.lengths[2] < free.samples.lengths[2]
-    assert free.samples.texts[2].startswith(stopped.samples.texts[2])
-
-
-def test_generate_takes_the_likeliest_tokens_as_the_library_does(make, pair):
-    model, processor = pair
-    policy = make(ban_media_tokens=False)
-    prompts = [mixed_prompts()[0], mixed_prompts()[2]]
-    samples = policy.generate(prompts, [0, 1])
-    for prompt, text in zip(prompts, samples.texts, strict=True):
-        parts = [{"type": "image", "image": one} for one in prompt.images] + [{"type": "text", "text": prompt.text}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": parts}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        assert processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == text
-    warm = make(eval_temperature=1.0)
-    assert warm.generate(prompts, [0, 1]).texts == warm.generate(prompts, [0, 1]).texts
-    assert warm.generate(prompts, [0, 1]).texts != warm.generate(prompts, [2, 3]).texts
-
-
-def test_samples_say_what_rewards_need(make):
-    samples = make().rollout(mixed_prompts(), 2, seed=0).samples
-    assert samples.sizes[0] == samples.sizes[1] == [(56, 84)]
-    assert [len(sizes) for sizes in samples.sizes[::2]] == [1, 0, 2, 0]
-    assert samples.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert len(samples.texts) == 8
-    assert samples.lengths.max() <= 6
-
-
-def test_fit_is_the_library_s_loss(make, pair):
-    model, processor = pair
-    policy = make(fit_reduction="mean", batch_size=2)
-    prompt = Prompt("where?", "a", images=[picture(60, 60, 0)], target="left of the blue square")
-    other = Prompt("how many circles are there in all?", "b", metadata={"response": "two"})
-    loss = policy.fit(Samples([prompt, other]), [0, 1])
-    for one, text, found in ((prompt, prompt.target, loss[0]), (other, "two", loss[1])):
-        parts = [{"type": "image"} for _ in one.images] + [{"type": "text", "text": one.text}]
-        text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True) + text
-        data = processor(text=[text + "<|im_end|>"], images=list(one.images) or None, return_tensors="pt")
-        start = len(policy.reader.read([one])[0])
-        labels = data["input_ids"].clone()
-        labels[:, :start] = -100
-        assert torch.allclose(model(**data, labels=labels).loss, found, rtol=1e-5)
-    total = make(fit_reduction="sum").fit(Samples([prompt, other]), [0, 1])
-    counts = [len(policy.reader.answer_ids(text)) + 1 for text in (prompt.target, "two")]
-    assert torch.allclose(total, loss * torch.tensor(counts), rtol=1e-5)
-    assert torch.allclose(policy.fit(Samples([prompt, other], texts=[prompt.target, "two"])), loss)
-
-
-def test_supervised_micro_batches_hold_rows_of_like_length(own):
-    words = "the red circle is left of the blue square and above it"
-    prompts = [Prompt("what?", str(k), target=words if k % 2 else "red") for k in range(8)]
-
-    def learn(micro_batch_size):
-        policy, algorithm = own(), Supervised()
-        context = Context(policy, None, 0, micro_batch_size, Clock(), Tally())
-        (update,) = algorithm.updates(context, algorithm.collect(context, prompts, 0), 0)
-        for micro_batch in update.micro_batches:
-            assert len({prompt.target for prompt in micro_batch.prompts}) == 1 or micro_batch_size > 4
-            algorithm.loss(context, micro_batch).backward()
-        # Without pictures the tower has no gradient.
-        found = torch.cat([p.grad.flatten() for p in policy.parameters if p.grad is not None])
-        return found, policy.counters["forward_tokens"]
-
-    sorted_grad, sorted_tokens = learn(4)
-    whole_grad, whole_tokens = learn(8)
-    assert (sorted_grad - whole_grad).norm() < 1e-5 * whole_grad.norm()
-    assert sorted_tokens < whole_tokens
-
-
-def test_fit_explains_every_turn_of_the_assistant(make, pair):
-    model, processor = pair
-    policy = make()
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "look"}]},
-        {"role": "assistant", "content": "a red circle"},
-        {"role": "user", "content": [{"type": "text", "text": "and here?"}, {"type": "image"}]},
-        {"role": "assistant", "content": "two squares"},
-    ]
-    images = [picture(60, 90, 0), picture(90, 60, 1)]
-    dialogue = Prompt(messages=messages, images=images, id="d")
-    plain = Prompt("how many?", "p", target="three")
-    loss = policy.fit(Samples([dialogue, plain]), [0, 0])
-    as_parts = [
-        m if not isinstance(m["content"], str) else {**m, "content": [{"type": "text", "text": m["content"]}]}
-        for m in messages
-    ]
-    data = processor(text=[processor.apply_chat_template(as_parts)], images=images, return_tensors="pt")
-    logp = model(**data).logits[0, :-1].log_softmax(-1)
-    ids = data["input_ids"][0]
-    begin = processor.tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
-    end, expected = processor.tokenizer.convert_tokens_to_ids("<|im_end|>"), 0.0
-    for i in range(len(ids)):
-        if ids[i : i + len(begin)].tolist() == begin:
-            j = i + len(begin)
-            stop = j + ids[j:].tolist().index(end) + 1
-            expected = expected - logp[torch.arange(j - 1, stop - 1), ids[j:stop]].sum()
-    assert torch.allclose(loss[0], expected, rtol=1e-5)
-    assert torch.allclose(loss[1], policy.fit(Samples([plain]), [0])[0], rtol=1e-5)
-    full = make(share_prefix="never").fit(Samples([dialogue]), [0])
-    assert torch.allclose(full[0], expected, rtol=1e-5)
-
-
-def test_fit_of_a_rollout_is_its_unscaled_log_prob(make):
-    policy = make(ban_media_tokens=False)
-    rollout = policy.rollout(mixed_prompts(), 2, seed=4)
-    assert torch.allclose(policy.fit(rollout, [0] * 8), -rollout.logp.sum(1), rtol=1e-5)
-    # A pair of a preference: winners and losers of the same prompts in one call.
-    both = Rollout.cat([rollout[[0, 2]], rollout[[1, 3]]])
-    policy.counters.clear()
-    assert torch.allclose(policy.fit(both, [0] * 4), -both.logp.sum(1), rtol=1e-5)
-    assert policy.counters["prefill_rows"] == 2
-
-
 def test_given_answers_become_rollouts(make):
     policy = make(temperature=0.8)
     rollout = policy.rollout(mixed_prompts(), 2, seed=4)
@@ -399,11 +151,6 @@ def test_given_answers_become_rollouts(make):
     answers = Samples(given.samples.prompts, texts=["red"] * 8)
     again = plain.given(answers.prompts, answers.texts)
     assert torch.allclose(-again.logp.sum(1), plain.fit(answers, [0] * 8), rtol=1e-5)
-
-
-def test_rows_without_a_response_are_named(make):
-    with pytest.raises(UserError, match=r"row 'b'.*no response"):
-        make().fit(Samples([Prompt("x", "a", target="y"), Prompt("x", "b")]), [0, 0])
 
 
 def test_value_head(own):
