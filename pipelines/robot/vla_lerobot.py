@@ -1,9 +1,9 @@
 """Flow policies of LeRobot (pi0, pi0.5, SmolVLA) as networks of a robot policy.
 
-LeRobot's releases want other versions of torch than mmrl does, so it is no dependency and no test runs it; the page
-docs/robots.md says what was tried. The seam is what its flow policies share: ``predict_action_chunk`` reads the
-observation into a prefix, then calls ``model.denoise_step`` for every step with it, a noisy chunk and a time, which is
-1 for noise.
+LeRobot's releases want other versions of torch than mmrl does, so it is no dependency and its test is skipped without
+it; the page docs/robots.md says what was tried. The seam is what its flow policies share: ``predict_action_chunk``
+reads the observation into a prefix, then calls ``model.denoise_step`` for every step with it, a noisy chunk and a time,
+which is 1 for noise.
 """
 
 from __future__ import annotations
