@@ -9,6 +9,7 @@ then draws ``benchmarks/compare_algorithms.png`` of all that is there and prints
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
