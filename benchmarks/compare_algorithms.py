@@ -37,8 +37,21 @@ DIFFERENTIABLE = [
 SETTINGS = {
     "Flow-GRPO": [*IN_GROUPS, "trainer.lr=8e-4"],
     "DiffusionNFT": [*IN_GROUPS, *WHOLE, "algorithm={type: diffusion_nft, noise_draws: 4}", "trainer.lr=6e-4"],
-    "RWR": [*IN_GROUPS, *WHOLE, "algorithm={type: rwr, beta: 0.1, noise_draws: 4}", "trainer.lr=6e-4"],
-    "RAFT": [*IN_GROUPS, *WHOLE, "algorithm={type: raft, keep: 1, noise_draws: 8}", "trainer.lr=6e-4"],
+    # Fits of whole pictures are noisy: smaller steps, averaged for longer, and more of them for the same scores.
+    "RWR": [
+        *IN_GROUPS,
+        *WHOLE,
+        "algorithm={type: rwr, beta: 0.05, samples_from: reference, noise_draws: 3, epochs: 2}",
+        "trainer.lr=2e-4",
+        "trainer.ema.decay=0.97",
+    ],
+    "RAFT": [
+        *IN_GROUPS,
+        *WHOLE,
+        "algorithm={type: raft, keep: 1, noise_draws: 8, epochs: 3}",
+        "trainer.lr=1.5e-4",
+        "trainer.ema.decay=0.97",
+    ],
     "online DPO": [
         *IN_GROUPS,
         *WHOLE,
