@@ -83,7 +83,7 @@ def ours(options, micro_batch_size):
     mask, group = BATCH["mask"], torch.tensor([0, 0, 1, 1, 2, 2])
     samples = Samples([Prompt(f"p{k}") for k in range(6)], texts=[""] * 6)
     rollout = Rollout(samples, BATCH["old_logp"] * mask, mask, group, torch.arange(6))
-    rollout, factor = algorithm._factor(context, rollout, mask)
+    rollout, factor = algorithm._factor(context, rollout, mask, 0)
     experience = Experience(rollout, BATCH["advantage"][:, None] * mask, mask, factor)
     total = 0.0
     for update in algorithm.updates(context, experience, 0):
