@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_samples import SIZE, TEXTS, smooth_images
+from reward_samples import SIZE, TEXTS, character_tokenizer, smooth_images
 
 from mmrl.types import Prompt, Samples
 
@@ -15,16 +15,6 @@ def samples() -> Samples:
     """Four pictures in two groups."""
     prompts = [Prompt(text, id=f"prompts.txt:{row + 1}") for row, text in enumerate(TEXTS)]
     return Samples(prompts, images=smooth_images(4, 24, 24), group=torch.tensor([0, 0, 1, 1]))
-
-
-def character_tokenizer():
-    from tokenizers import pre_tokenizers
-    from transformers import CLIPTokenizer
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    vocab = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=48)
 
 
 @pytest.fixture(scope="session")

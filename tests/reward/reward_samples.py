@@ -37,3 +37,14 @@ def directional_check(function, images: torch.Tensor, step: float = 2e-3, tolera
             up, down = (function(images + sign * step * direction).double().sum() for sign in (1, -1))
         expected = (gradient * direction).double().sum().item()
         assert ((up - down) / (2 * step)).item() == pytest.approx(expected, rel=tolerance)
+
+
+def character_tokenizer():
+    """A CLIP tokenizer with one token a letter."""
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=48)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reward_samples import SIZE, smooth_images
+from reward_samples import SIZE, character_tokenizer, smooth_images
 
 from mmrl.errors import UserError
 from mmrl.media import to_pil
@@ -61,7 +61,6 @@ def make_samples(*targets, size=40):
 @pytest.fixture(scope="module")
 def trocr(tmp_path_factory) -> str:
     """A reader that always sees the letter a."""
-    from conftest import character_tokenizer
     from transformers import (
         TrOCRConfig,
         TrOCRForCausalLM,
