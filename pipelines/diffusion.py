@@ -467,13 +467,13 @@ class DiffusionPolicy:
         x, starts = trace.at(step), trace.seeds.tolist()
         return self._sample(prompts, torch.tensor(rows), starts, noises, (step,), step, x, stretch, kernel)
 
+    def reference(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the policy is the snapshot ``reference``, or what it started from if there is none."""
+        in_snapshots = "reference" in self.parameters.snapshots
+        return self.parameters.swapped("reference") if in_snapshots else self._frozen_base()
+
     @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, the policy is the frozen starting point: the snapshot ``reference``, or LoRA off if there is none."""
-        if "reference" in self.parameters.snapshots:
-            with self.parameters.swapped("reference"):
-                yield
-            return
+    def _frozen_base(self) -> Iterator[None]:
         assert self.lora is not None, "take_snapshot('reference') before training starts"
         kept, self.kept = self.kept, None  # the graphs are those of the adapters
         try:

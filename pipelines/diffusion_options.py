@@ -56,10 +56,14 @@ def forwards_per_sample(
     Branches are counted as if they shared nothing.
     """
     steps = () if step == "ode" else window_steps(window, num_steps)
-    complete = sum(num_steps - s for s in steps)
-    each = {"rollout": num_steps, "decisions": len(steps), "complete": complete}
-    each["kept"] = len(steps) if keep_graph else 0
-    return each | {"fit": 1, "generate": num_steps}
+    return {
+        "rollout": num_steps,
+        "decisions": len(steps),
+        "kept": len(steps) if keep_graph else 0,
+        "complete": sum(num_steps - s for s in steps),
+        "fit": 1,
+        "generate": num_steps,
+    }
 
 
 def check_step(step: StepKind, noise_level: float | list[float], seam: Seam) -> StepKind:

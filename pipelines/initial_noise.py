@@ -179,12 +179,7 @@ class InitialNoisePolicy(DiffusionPolicy):
         return self._drawn(prompts, seeds, *self._distribution(prompts))
 
     @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, x_T is N(0, 1), or drawn as the snapshot ``reference`` would if there is one."""
-        if "reference" in self.parameters.snapshots:
-            with self.parameters.swapped("reference"):
-                yield
-            return
+    def _frozen_base(self) -> Iterator[None]:
         self._standard = True
         try:
             yield

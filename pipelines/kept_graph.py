@@ -50,16 +50,18 @@ class KeptGraph:
 
     def backward(self) -> None:
         """Carry the gradient of the copies on to the parameters, and let go of everything."""
-        calls, grads = self._calls, [copy.grad for copy in self._copies]
+        calls, copies = self._calls, self._copies
         self.forget()
+        if not copies:
+            return
         first = 0
         for means in calls:
-            last = first + len(means[0])
-            for mean, grad in zip(means, grads, strict=bool(grads)):
+            rows = slice(first, first + len(means[0]))
+            for mean, copy in zip(means, copies, strict=True):
                 # Calls whose groups are all without signal have nothing to carry on.
-                if grad is not None and grad[first:last].any():
-                    mean.backward(grad[first:last])
-            first = last
+                if copy.grad is not None and copy.grad[rows].any():
+                    mean.backward(copy.grad[rows])
+            first = rows.stop
 
     def _parameter_state(self) -> list[tuple[int, int]]:
         return [(parameter.data_ptr(), parameter._version) for parameter in self.parameters]

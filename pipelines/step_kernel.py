@@ -164,8 +164,3 @@ def step_logp(action: Tensor, mean: Tensor, std: float, kind: LogProbKind, step:
     if kind == "squared_error" or (kind == "auto" and step == "cps"):
         return squared_error_logp(action, mean)
     return gaussian_logp(action, mean, std)
-
-
-def gaussian_kl(mean: Tensor, other_mean: Tensor, std: float | Tensor) -> Tensor:
-    """KL ``[N]`` between two Gaussians of equal std, averaged over the elements of a sample."""
-    return ((mean - other_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -31,7 +32,7 @@ _PALETTE = np.asarray(list(COLOURS.values()), np.float32)
 _NAMES = tuple(COLOURS)
 
 
-class PlanarEnv(VectorEnv):
+class PlanarEnv(VectorEnv, ABC):
     """Episodes on a table of [-1, 1] x [-1, 1], x to the right and y down, each a function of its seed and its actions.
 
     Rows are independent of one another, bit for bit. There is no automatic reset. Beside gymnasium's ``reset`` and
@@ -153,9 +154,9 @@ class PlanarEnv(VectorEnv):
             seen["image"] = self._pictures(rows, self.image, lambda some: self._backdrop[some])
         return seen
 
+    @abstractmethod
     def expert(self, rows: np.ndarray) -> np.ndarray:
         """What a scripted expert, who knows the target, would do next: ``[n, 2]``."""
-        raise NotImplementedError
 
     def instructions(self, rows: np.ndarray) -> list[str]:
         """What is asked of each of ``rows``."""
@@ -198,11 +199,13 @@ class PlanarEnv(VectorEnv):
     def _name(self, colour: str, shape: str) -> str:
         return {"colour": f"the {colour} one", "shape": f"the {shape}", "both": f"the {colour} {shape}"}[self.named_by]
 
+    @abstractmethod
     def _state(self, rows: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """The numbers that a policy sees, ``[n, S]``."""
 
+    @abstractmethod
     def _move(self, rows: np.ndarray, steps: np.ndarray) -> None:
-        raise NotImplementedError
+        """Move the gripper by ``steps [n, 2]``, and what it pushes."""
 
     def _potential(self, rows: np.ndarray) -> np.ndarray:
         """How far the episode has come, 0 at the target and negative before."""
